@@ -1,0 +1,5 @@
+"""``python -m qwen2kit``."""
+
+from qwen2kit.cli.app import main
+
+main()

@@ -1,0 +1,60 @@
+"""From what the user typed to a model that runs: locate, open, compile, load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport
+from qwen2kit.backend.registry import get
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.tokenizer.bpe import Tokenizer
+from qwen2kit.weights.checkpoint import Checkpoint, open_checkpoint
+from qwen2kit.weights.locate import locate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready to score and generate, with the files it came from."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    backend: Backend
+    model: CompiledModel
+    report: LoadReport
+
+    def sampling(self, **overrides: object) -> Sampling:
+        """The checkpoint's generation defaults (stop ids included), with ``overrides`` applied.
+
+        ``temperature=0`` with no other override is greedy decoding.
+        """
+        defaults = self.checkpoint.generation
+        values: dict[str, object] = {
+            "stop_token_ids": defaults.stop_token_ids,
+            "temperature": defaults.temperature,
+            "top_k": defaults.top_k,
+            "top_p": defaults.top_p,
+            "repetition_penalty": defaults.repetition_penalty,
+            "vocab_limit": min(self.tokenizer.vocab_size, self.checkpoint.spec.vocab_size),
+        }
+        values |= {key: value for key, value in overrides.items() if value is not None}
+        return Sampling(**values)  # type: ignore[arg-type]
+
+
+def load_model(
+    model: str | Path, *, backend: str = "auto", plan: ExecutionPlan | None = None
+) -> LoadedModel:
+    """Load ``model`` (directory, GGUF file, run directory or hub id) on ``backend``.
+
+    Raises:
+        Qwen2KitError: of the kind that says what is wrong (weights, config, backend, extra).
+    """
+    chosen = get(backend)
+    checkpoint = open_checkpoint(locate(str(model)))
+    tokenizer = checkpoint.tokenizer()
+    compiled = chosen.compile(checkpoint.spec, plan or ExecutionPlan())
+    report = compiled.load(checkpoint.weights)
+    return LoadedModel(
+        checkpoint=checkpoint, tokenizer=tokenizer, backend=chosen, model=compiled, report=report
+    )

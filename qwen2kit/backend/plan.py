@@ -1,0 +1,68 @@
+"""ExecutionPlan: everything a backend is told besides the spec. Frozen data, made by core.
+
+Clusters will extend it with mesh degrees; backends read the plan and never the recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qwen2kit.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdamWPlan:
+    """Decoupled weight decay Adam (arXiv 1711.05101).
+
+    Attributes:
+        betas, eps, weight_decay: as usual; decay applies to matrices only (`Param.decays`).
+        max_grad_norm: global L2 clip; 0 disables clipping.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainPlan:
+    """How one optimizer step is computed.
+
+    Attributes:
+        optimizer: AdamW settings.
+        micro_batch_rows: rows per forward pass; the rest of the batch is accumulated.
+        loss_chunk_tokens: positions per slice of the output head, so that
+            ``tokens x vocabulary`` logits never exist at once.
+        non_finite: what to do with a NaN/Inf loss or gradient: ``raise`` stops training,
+            ``skip`` leaves parameters and optimizer state untouched.
+    """
+
+    optimizer: AdamWPlan = AdamWPlan()
+    micro_batch_rows: int = 8
+    loss_chunk_tokens: int = 2048
+    non_finite: str = "raise"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionPlan:
+    """Where and in which precision to run.
+
+    Attributes:
+        device: a `Device.name`; ``auto`` lets the backend take its best one.
+        dtype: compute dtype (``float32``, ``bfloat16``, ``float16``); ``auto`` is float32 on
+            CPUs and bfloat16 elsewhere. Training keeps float32 master weights in any case.
+        train: training settings, or None for inference.
+        max_seq_len: longest sequence the caller will use, or None for the spec's limit.
+    """
+
+    device: str = "auto"
+    dtype: str = "auto"
+    train: TrainPlan | None = None
+    max_seq_len: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(
+                f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}"
+            )

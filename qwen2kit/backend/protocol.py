@@ -1,0 +1,245 @@
+"""What a backend must provide. The seam is the whole model: core never sees an op or a module.
+
+Required: `Backend` and `CompiledModel`. Optional powers are separate protocols that
+`Capabilities` announces: `TrainableModel`. Third parties register under the entry-point group
+``qwen2kit.backends`` and run `qwen2kit.backend.conformance` against their own package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.tensor import HostTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+PROTOCOL_VERSION: Final = 1
+TokenIds = Sequence[int]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A place a model can run.
+
+    Attributes:
+        name: what ``ExecutionPlan.device`` takes, e.g. ``cpu``, ``cuda:0``, ``gpu``.
+        kind: human-readable model of the device.
+        memory_bytes: total memory, or None if unknown.
+    """
+
+    name: str
+    kind: str
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a backend can do; everything else is refused with a message before work starts."""
+
+    dtypes: tuple[str, ...]
+    quantized_bits: tuple[int, ...] = ()
+    trains: bool = False
+    moe: bool = False
+    dual_chunk_attention: bool = False
+    sliding_window: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What `CompiledModel.load` did: tensors and bytes taken, seconds used."""
+
+    tensors: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRequest:
+    """Log-probability of ``continuation`` after ``context``.
+
+    ``context`` must hold at least one token (use the end-of-text id as prefix otherwise) and
+    ``continuation`` at least one.
+    """
+
+    context: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Sum of natural-log probabilities over the continuation, and whether greedy decoding would
+    have produced exactly it."""
+
+    logprob: float
+    is_greedy: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token.
+
+    Attributes:
+        prompt: index of the prompt it continues.
+        token: the id (the stop id is emitted too, with ``finish_reason="stop"``).
+        finish_reason: set on the last event of a prompt.
+        logprob: natural-log probability, when `Sampling.logprobs` asked for it.
+    """
+
+    prompt: int
+    token: int
+    finish_reason: FinishReason | None = None
+    logprob: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """One optimizer step's worth of rows on this rank, NumPy int32 ``[rows, seq_len]``.
+
+    Attributes:
+        tokens: input ids.
+        labels: the id each position must predict, already shifted; -100 where no loss applies.
+        positions: position ids, restarting at 0 in every packed document.
+        documents: document number within the row; attention never crosses it. Padding is -1.
+    """
+
+    tokens: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    documents: NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepMetrics:
+    """Result of one optimizer step.
+
+    Attributes:
+        loss: mean negative log-likelihood in nats over all supervised tokens of the global batch.
+        grad_norm: global L2 norm before clipping.
+        tokens: tokens processed on all ranks, padding excluded.
+        supervised_tokens: tokens that carried loss.
+        skipped: True if the step was not applied (non-finite loss or gradient).
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    skipped: bool = False
+
+
+@runtime_checkable
+class CompiledModel(Protocol):
+    """A spec made runnable on one device."""
+
+    spec: ModelSpec
+
+    def load(self, weights: WeightSource) -> LoadReport:
+        """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
+        ...
+
+    def export(self) -> Iterator[tuple[str, HostTensor]]:
+        """All schema parameters in schema order, canonical names, dense, one at a time."""
+        ...
+
+    def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """Logits ``[T, vocab]`` in float32 of one sequence, without any cache."""
+        ...
+
+    def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """Residual stream ``[layers + 2, T, hidden]`` float32: the embedding output, the output of
+        every decoder layer, and the final norm's output. For diagnosis only."""
+        ...
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """Score requests in any order the backend likes; yields ``(index, score)`` as they finish.
+
+        Raises BackendError if a request is longer than the model can take.
+        """
+        ...
+
+    def generate(
+        self, prompts: Sequence[TokenIds], sampling: Sampling
+    ) -> Iterator[TokenEvent]:
+        """Continue every prompt (ragged lengths allowed) as one batch.
+
+        Events of different prompts interleave; the last event of each prompt carries a
+        ``finish_reason``. The result does not depend on what else is in the batch. Closing the
+        iterator frees the cache.
+        """
+        ...
+
+
+@runtime_checkable
+class TrainableModel(CompiledModel, Protocol):
+    """A compiled model that can be optimised (``plan.train`` must be set)."""
+
+    def init(self, seed: int) -> None:
+        """Fresh parameters by the schema's initialisers; the same values for the same seed on
+        every backend and world size."""
+        ...
+
+    def train_step(self, batch: TokenBatch, lr: float) -> StepMetrics:
+        """One AdamW step: micro-batches, global token-mean loss, clipping, update."""
+        ...
+
+    def loss(self, batch: TokenBatch) -> StepMetrics:
+        """Mean loss of ``batch`` without updating anything (``grad_norm`` is 0)."""
+        ...
+
+    def save_state(self, directory: Path) -> None:
+        """Write weights and optimizer state into an existing empty directory (safetensors)."""
+        ...
+
+    def restore_state(self, directory: Path) -> None:
+        """Read what `save_state` wrote; afterwards training continues bit-identically.
+
+        Raises WeightError if files are missing, truncated or of another model.
+        """
+        ...
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """A framework that can run specs."""
+
+    name: str
+    protocol_version: int
+
+    def capabilities(self) -> Capabilities:
+        """What this backend can do on this machine."""
+        ...
+
+    def devices(self) -> tuple[Device, ...]:
+        """Usable devices, best first."""
+        ...
+
+    def versions(self) -> dict[str, str]:
+        """Names and versions of the frameworks in use, for provenance."""
+        ...
+
+    def compile(self, spec: ModelSpec, plan: ExecutionPlan) -> CompiledModel:
+        """Build the model without weights.
+
+        Raises BackendError if spec or plan needs a capability this backend lacks.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendInfo:
+    """A registered backend, known without importing it."""
+
+    name: str
+    package: str
+    installed: bool
+    reason: str = field(default="")

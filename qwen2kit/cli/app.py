@@ -1,0 +1,60 @@
+"""The Typer application and the process entry point."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import typer
+
+from qwen2kit.cli.chat import chat
+from qwen2kit.cli.convert import convert
+from qwen2kit.cli.demo import demo
+from qwen2kit.cli.doctor import doctor
+from qwen2kit.cli.eval import evaluate
+from qwen2kit.cli.inspect import inspect
+from qwen2kit.cli.output import fail
+from qwen2kit.cli.parity import parity
+from qwen2kit.cli.train import train
+from qwen2kit.errors import Qwen2KitError
+
+app = typer.Typer(
+    name="qwen2kit",
+    help="Train, convert, chat with and evaluate Qwen2-family models on PyTorch and MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+for _name, _command in (
+    ("train", train),
+    ("convert", convert),
+    ("chat", chat),
+    ("eval", evaluate),
+    ("parity", parity),
+    ("inspect", inspect),
+    ("doctor", doctor),
+    ("demo", demo),
+):
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """Run the CLI; every user-caused failure becomes one line and a non-zero exit."""
+    try:
+        app()
+    except Qwen2KitError as error:
+        fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+    except MemoryError:
+        fail("out of memory; use a smaller model, batch or context, or a quantised model", 12)
+    except BrokenPipeError:
+        os._exit(141)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            fail(f"no space left on device while writing {error.filename or 'output'}", 11)
+        if error.filename is None:
+            raise
+        fail(f"{error.strerror}: {error.filename}", 10)

@@ -1,0 +1,32 @@
+"""How commands talk: tables and progress to people on stderr, one JSON document on stdout.
+
+Rich is imported inside the functions so that ``--help`` stays fast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def console() -> Console:
+    """The console for people (stderr), so that stdout stays machine-readable."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+def emit_json(document: Any) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def fail(message: str, exit_code: int) -> None:
+    """Write one error line and leave with ``exit_code``."""
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    raise SystemExit(exit_code)
