@@ -1,1 +1,1 @@
-"""Part of qwen2kit."""
+"""The PyTorch backend: training and inference of one spec on CPU, CUDA or MPS."""

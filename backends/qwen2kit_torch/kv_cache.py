@@ -1,0 +1,107 @@
+"""Keys and values of all layers, preallocated, where a token's slot is its position.
+
+Rows of a ragged batch are right-padded: row ``i`` holds ``lengths[i]`` valid slots, whatever lies
+beyond is overwritten before it can be seen. Shapes: B rows, K kv heads, S slots, C head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qwen2kit.spec.model import ModelSpec
+
+_BLOCK = 256
+
+
+class KVCache:
+    """One cache per running batch.
+
+    Args:
+        spec: the model.
+        rows: B.
+        device: where it lives.
+        dtype: compute dtype of the model.
+        capacity: slots to allocate at once; more are added in blocks when needed.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        rows: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int = _BLOCK,
+    ) -> None:
+        self.lengths = [0] * rows
+        self._shape = (rows, spec.num_key_value_heads, _round_up(capacity), spec.head_dim)
+        self._layers = [
+            (torch.empty(self._shape, device=device, dtype=dtype),
+             torch.empty(self._shape, device=device, dtype=dtype))
+            for _ in range(spec.num_hidden_layers)
+        ]  # fmt: skip
+        self._slots: Tensor | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row."""
+        return self._shape[2]
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` more tokens in every row, before the layers append them."""
+        needed = max(self.lengths) + new
+        if needed > self.capacity:
+            self._reallocate(_round_up(max(needed, self.capacity + self.capacity // 2)))
+        if min(self.lengths) == max(self.lengths):
+            self._slots = None
+        else:
+            starts = torch.tensor(self.lengths, device=self._layers[0][0].device)
+            self._slots = starts[:, None] + torch.arange(new, device=starts.device)
+
+    def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; returns all up to the longest row, ``[B,K,S,C]``."""
+        keys, values = self._layers[layer]
+        new = k_BKTC.shape[2]
+        start = max(self.lengths)
+        if self._slots is None:
+            keys[:, :, start : start + new] = k_BKTC
+            values[:, :, start : start + new] = v_BKTC
+        else:
+            rows = torch.arange(len(keys), device=keys.device)[:, None]
+            keys[rows, :, self._slots] = k_BKTC.transpose(1, 2)
+            values[rows, :, self._slots] = v_BKTC.transpose(1, 2)
+        return keys[:, :, : start + new], values[:, :, : start + new]
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as present in every row, after all layers have appended them."""
+        self.lengths = [length + new for length in self.lengths]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget everything from slot ``lengths[i]`` on in row ``i``."""
+        assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
+        self.lengths = list(lengths)
+
+    def keep_rows(self, rows: Sequence[int]) -> None:
+        """Drop all rows but ``rows``, which keep the given order."""
+        index = torch.tensor(rows, device=self._layers[0][0].device)
+        self._layers = [
+            (k.index_select(0, index), v.index_select(0, index)) for k, v in self._layers
+        ]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._shape = (len(rows), *self._shape[1:])
+
+    def _reallocate(self, capacity: int) -> None:
+        used = max(self.lengths)
+        self._shape = (*self._shape[:2], capacity, self._shape[3])
+        for layer, pair in enumerate(self._layers):
+            grown = tuple(old.new_empty(self._shape) for old in pair)
+            for new, old in zip(grown, pair, strict=True):
+                new[:, :, :used] = old[:, :, :used]
+            self._layers[layer] = (grown[0], grown[1])
+
+
+def _round_up(slots: int) -> int:
+    return max(1, -(-slots // _BLOCK)) * _BLOCK

@@ -1,0 +1,254 @@
+"""Qwen2 as a plain, differentiable, single-device ``nn.Module``; its state dict has HF names.
+
+It imports no ``torch.distributed``: parallelism is applied from outside. Shapes: B batch,
+T tokens, D hidden, H query heads, K kv heads, C head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen2kit.errors import BackendError
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit_torch.attention import Visibility, attend, visibilities
+from qwen2kit_torch.kv_cache import KVCache
+from qwen2kit_torch.rope import Rotary, rotate
+
+
+class RMSNorm(nn.Module):
+    """``weight * x / sqrt(mean(x^2) + eps)``, statistics in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension; the weight multiplies after the cast back, as in HF."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with biased q/k/v projections and rotary positions."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = spec.window_of(layer)
+        self.head_dim = spec.head_dim
+        width = spec.num_attention_heads * spec.head_dim
+        kv_width = spec.num_key_value_heads * spec.head_dim
+        self.q_proj = _linear(spec.hidden_size, width, device, dtype, bias=True)
+        self.k_proj = _linear(spec.hidden_size, kv_width, device, dtype, bias=True)
+        self.v_proj = _linear(spec.hidden_size, kv_width, device, dtype, bias=True)
+        self.o_proj = _linear(width, spec.hidden_size, device, dtype)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: dict[int | None, Visibility],
+        cache: KVCache | None,
+    ) -> Tensor:
+        """``[B, T, D] -> [B, T, D]``."""
+        shape = (*x_BTD.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x_BTD).view(shape), *rope).transpose(1, 2)
+        k = rotate(self.k_proj(x_BTD).view(shape), *rope).transpose(1, 2)
+        v = self.v_proj(x_BTD).view(shape).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        out_BHTC = attend(q, k, v, visible[self.window])
+        out: Tensor = self.o_proj(out_BHTC.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
+        return out
+
+
+class MLP(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = _linear(spec.hidden_size, spec.intermediate_size, device, dtype)
+        self.up_proj = _linear(spec.hidden_size, spec.intermediate_size, device, dtype)
+        self.down_proj = _linear(spec.intermediate_size, spec.hidden_size, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., D] -> [..., D]``."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(spec, layer, device, dtype)
+        self.mlp = MLP(spec, device, dtype)
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: tuple[Tensor, Tensor],
+        visible: dict[int | None, Visibility],
+        cache: KVCache | None,
+    ) -> Tensor:
+        """``[B, T, D] -> [B, T, D]``."""
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible, cache)
+        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: what HF calls ``model``."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, device="meta", dtype=dtype)
+        self.embed_tokens = embedding.to_empty(device=device)
+        self.layers = nn.ModuleList(
+            DecoderLayer(spec, layer, device, dtype) for layer in range(spec.num_hidden_layers)
+        )
+        self.norm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
+
+
+class Qwen2(nn.Module):
+    """The dense Qwen2 decoder with its language-model head.
+
+    Parameters are left uninitialised. A tied head has no parameter of its own.
+
+    Args:
+        spec: the model.
+        device: where parameters are created; ``meta`` builds the skeleton only.
+        dtype: parameter dtype, float32 by default.
+
+    Raises:
+        BackendError: the spec has mixture-of-experts layers.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if spec.moe is not None:
+            raise BackendError(
+                "the torch backend does not run mixture-of-experts models (qwen2_moe) yet; "
+                "use a dense Qwen2 checkpoint"
+            )
+        device = torch.device(device)
+        self.spec = spec
+        self.model = Decoder(spec, device, dtype)
+        if not spec.tie_word_embeddings:
+            self.lm_head = _linear(spec.hidden_size, spec.vocab_size, device, dtype)
+        self._rotary = Rotary(spec)
+        self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+
+    def forward(self, tokens: Tensor, **kwargs: Tensor | KVCache | None) -> Tensor:
+        """Logits ``[B, T, V]``; keyword arguments are those of `forward_hidden`."""
+        return self.head(self.forward_hidden(tokens, **kwargs))  # type: ignore[arg-type]
+
+    def forward_hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, ``[B, T, D]``.
+
+        Args:
+            tokens: int ids ``[B, T]``.
+            positions: rotary positions ``[B, T]``, each below T (they may restart, as in packed
+                documents); by default each row counts on from the end of its cache, or from 0.
+            documents: document numbers ``[B, T]`` which attention must not cross (padding may be
+                one more document, e.g. -1). Not together with a cache.
+            cache: holds earlier tokens; ``tokens`` are appended to it.
+
+        Raises:
+            BackendError: a dual-chunk model is asked for more than ``chunk_size + 1`` tokens, up
+                to which dual chunk attention is the same as full attention.
+        """
+        trace = self.hidden_trace(tokens, positions=positions, documents=documents, cache=cache)
+        return deque(trace, maxlen=1).pop()
+
+    def hidden_trace(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
+        """The residual stream, one ``[B, T, D]`` at a time: embedding, every layer's output, final
+        norm's output. Arguments and errors are those of `forward_hidden`."""
+        assert cache is None or documents is None
+        length = tokens.shape[1]
+        start = [0] if cache is None else cache.lengths
+        self._check_length(max(start) + length)
+        if cache is not None:
+            cache.reserve(length)
+        x_BTD = self.model.embed_tokens(tokens)
+        rope = self._rope(positions, start, length, x_BTD)
+        visible = visibilities(
+            self._windows, start=start, length=length, documents=documents, device=tokens.device
+        )
+        yield x_BTD
+        for layer in self.model.layers:
+            x_BTD = layer(x_BTD, rope, visible, cache)
+            yield x_BTD
+        if cache is not None:
+            cache.advance(length)
+        yield self.model.norm(x_BTD)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` of hidden states ``[..., D]``."""
+        if self.spec.tie_word_embeddings:
+            return F.linear(hidden, self.model.embed_tokens.weight)
+        logits: Tensor = self.lm_head(hidden)
+        return logits
+
+    def _rope(
+        self, positions: Tensor | None, start: list[int], length: int, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = max(start) + length
+        if positions is None and min(start) == max(start):
+            cos, sin = self._rotary.tables(total, like.device, like.dtype)
+            return cos[start[0] : total, None], sin[start[0] : total, None]
+        if positions is None:
+            rows = torch.tensor(start, device=like.device)
+            positions = rows[:, None] + torch.arange(length, device=like.device)
+        cos, sin = self._rotary.tables(total, like.device, like.dtype)
+        return cos[positions][:, :, None], sin[positions][:, :, None]
+
+    def _check_length(self, length: int) -> None:
+        dual = self.spec.dual_chunk
+        if dual is not None and length > dual.chunk_size + 1:
+            raise BackendError(
+                f"{length} tokens need dual chunk attention, which the torch backend lacks beyond "
+                f"chunk_size + 1 = {dual.chunk_size + 1} tokens; shorten the input"
+            )
+
+
+def _linear(
+    inputs: int, outputs: int, device: torch.device, dtype: torch.dtype, *, bias: bool = False
+) -> nn.Linear:
+    # By way of the meta device, which skips nn.Linear's own random initialisation.
+    linear = nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=dtype)
+    return linear.to_empty(device=device)
