@@ -1,9 +1,11 @@
-"""The decorator of every recipe node: a frozen dataclass that refuses unknown keys on load."""
+"""What every recipe node is made of: a strict frozen dataclass, and unions chosen by ``kind``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar, dataclass_transform
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, dataclass_transform, get_args
+
+from qwen2kit.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -13,3 +15,33 @@ def node(cls: type[T]) -> type[T]:
     """Make ``cls`` frozen, slotted, keyword-only and strict about unknown keys."""
     cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
+
+
+class ByKind:
+    """Annotates a union of nodes whose member is picked by its literal ``kind`` field."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> dict[str, Any]:
+        """A tagged union over the members' ``kind`` values (pydantic's protocol method)."""
+        choices = {kind_of(cls): handler.generate_schema(cls) for cls in get_args(source)}
+        return {
+            "type": "tagged-union",
+            "discriminator": "kind",
+            "choices": choices,
+            "custom_error_type": "kind",
+            "custom_error_message": "kind must be one of {kinds}",
+            "custom_error_context": {"kinds": ", ".join(choices)},
+        }
+
+
+def kind_of(cls: type[Any]) -> str:
+    """The ``kind`` tag of a union member."""
+    kind = next(field.default for field in fields(cls) if field.name == "kind")
+    assert isinstance(kind, str)
+    return kind
+
+
+def check(*rules: tuple[bool, str]) -> None:
+    """Raise one ConfigError that lists the message of every rule whose condition is false."""
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ConfigError("; ".join(broken))

@@ -1,0 +1,167 @@
+"""TOML recipe + ``extends`` + ``key=value`` overrides -> RunConfig, with all errors at once.
+
+The only file that imports pydantic. Values are taken strictly: ``"3"`` is not a number.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qwen2kit.config.tree import RunConfig
+from qwen2kit.errors import ConfigError
+
+_REPLACES = {
+    "steps": ("epochs",),
+    "epochs": ("steps",),
+    "preset": ("checkpoint",),
+    "checkpoint": ("preset", "tokenizer"),
+}
+
+
+def shipped() -> tuple[str, ...]:
+    """Names of the recipes that come with the package."""
+    folder = files("qwen2kit.recipes")
+    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file behind ``recipe``: a path, or the name of a shipped recipe.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    name = recipe.removesuffix(".toml")
+    if name in shipped():
+        return Path(str(files("qwen2kit.recipes") / f"{name}.toml"))
+    raise ConfigError(
+        f"no recipe {recipe!r}: give a TOML file or one of {', '.join(shipped())}"
+    )
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read ``recipe`` and apply ``key=value`` overrides (dotted keys, TOML values).
+
+    Raises:
+        ConfigError: the file is not TOML, ``extends`` is circular, an override has no ``=``, or
+            any value or key is wrong; one message lists every problem with its dotted path.
+    """
+    path = find_recipe(str(recipe))
+    tree = _read(path, ())
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, source=path.name)
+
+
+def parse(tree: Mapping[str, Any], *, source: str) -> RunConfig:
+    """Validate a nested mapping; ``source`` starts the error message.
+
+    Raises:
+        ConfigError: listing every problem.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        text = json.dumps(tree, default=str)
+        return TypeAdapter(RunConfig).validate_json(text, strict=True)
+    except ValidationError as error:
+        problems = [_describe(item, tree) for item in error.errors(include_url=False)]
+        raise ConfigError(f"{source}: " + "; ".join(problems)) from None
+
+
+def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    resolved = path.resolve()
+    if resolved in chain:
+        raise ConfigError(f"{path.name}: extends leads back to itself")
+    try:
+        own = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path.name}: not valid TOML: {error}") from None
+    bases = own.pop("extends", [])
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path.name}: extends must be a list of file names")
+    tree: dict[str, Any] = {}
+    for base in bases:
+        sibling = path.parent / base
+        file = sibling if sibling.is_file() else find_recipe(base)
+        _merge(tree, _read(file, (*chain, resolved)))
+    _merge(tree, own)
+    return tree
+
+
+def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
+    """Lay ``other`` over ``tree``; a table whose ``kind`` changes is replaced as a whole."""
+    for key, value in other.items():
+        old = tree.get(key)
+        same = isinstance(old, dict) and isinstance(value, dict)
+        if same and value.get("kind", old.get("kind")) == old.get("kind"):
+            _merge(old, value)
+        else:
+            _set(tree, key, value)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"override {override!r} must look like train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    place = tree
+    for depth, part in enumerate(path[:-1], 1):
+        place = place.setdefault(part, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"override {override!r}: {'.'.join(path[:depth])} is not a table")
+    if path[-1] == "kind" and place.get("kind", value) != value:
+        place.clear()
+    _set(place, path[-1], value)
+
+
+def _set(place: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``key``; one of two exclusive keys takes the other's place."""
+    for other in _REPLACES.get(key, ()):
+        place.pop(other, None)
+    place[key] = value
+
+
+def _describe(error: Any, tree: Mapping[str, Any]) -> str:
+    where = _dotted(error["loc"], tree)
+    kind, given = error["type"], error["input"]
+    if kind == "unexpected_keyword_argument":
+        return f"{where}: unknown key"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind == "kind":
+        got = given.get("kind") if isinstance(given, dict) else given
+        return f"{where}.{error['msg']}, got {got!r}"
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "value_error" or isinstance(given, dict):
+        return f"{where}: {message}" if where else message
+    return f"{where} {message}, got {given!r}"
+
+
+def _dotted(loc: Sequence[int | str], tree: Any) -> str:
+    """``loc`` without the union tags that pydantic puts into it."""
+    parts: list[str] = []
+    place = tree
+    for item in loc:
+        if isinstance(place, dict) and item not in place and place.get("kind") == item:
+            continue
+        parts.append(str(item))
+        place = place[item] if _has(place, item) else None
+    return ".".join(parts)
+
+
+def _has(place: Any, item: int | str) -> bool:
+    if isinstance(place, dict):
+        return item in place
+    return isinstance(place, list) and isinstance(item, int) and item < len(place)

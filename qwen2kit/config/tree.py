@@ -1,0 +1,197 @@
+"""RunConfig: one complete training run. Plain frozen data; `load` makes it from TOML.
+
+Nodes can also be built in Python: they are ordinary dataclasses and check themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, fields
+from typing import Literal
+
+from qwen2kit.config.data_tree import DataConfig, is_chat
+from qwen2kit.config.node import check, node
+from qwen2kit.config.train_tree import TrainConfig
+
+SHAPE_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings",
+)  # fmt: skip
+
+
+@node
+class ModelConfig:
+    """The model to train: a preset (fresh weights) or a checkpoint (fine-tuning).
+
+    Attributes:
+        preset: name in `qwen2kit.spec.presets`; exactly one of ``preset`` and ``checkpoint``.
+        checkpoint: directory, GGUF file, run directory or hub id.
+        tokenizer: where a preset takes its tokenizer from: ``train`` trains one of
+            ``vocab_size`` on the data, anything else is a model as in ``checkpoint``.
+
+    The remaining fields override the spec under their Hugging Face names; those that change a
+    parameter's shape are for presets only.
+    """
+
+    preset: str | None = None
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+    max_position_embeddings: int | None = None
+    rms_norm_eps: float | None = None
+    initializer_range: float | None = None
+    rope_theta: float | None = None
+
+    def __post_init__(self) -> None:
+        changed = [name for name in SHAPE_FIELDS if getattr(self, name) is not None]
+        check(
+            (
+                (self.preset is None) != (self.checkpoint is None),
+                "set exactly one of preset and checkpoint",
+            ),
+            (
+                self.checkpoint is None or not changed,
+                f"a checkpoint's shape cannot be changed: remove {', '.join(changed)}",
+            ),
+            (
+                self.preset is None or self.tokenizer is not None,
+                'tokenizer is needed with a preset: "train", or a model to take it from',
+            ),
+            (
+                self.checkpoint is None or self.tokenizer is None,
+                "a checkpoint brings its own tokenizer: remove tokenizer",
+            ),
+        )
+
+    def overrides(self) -> dict[str, int | float | bool]:
+        """The spec fields this recipe sets, by name."""
+        skipped = ("preset", "checkpoint", "tokenizer")
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skipped}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@node
+class CheckpointConfig:
+    """When to save.
+
+    Attributes:
+        every: steps between checkpoints; 0 saves only at the end.
+        keep: newest checkpoints to keep.
+        initial: also export the untrained model to ``initial/`` of the run directory.
+    """
+
+    every: int = 500
+    keep: int = 2
+    initial: bool = False
+
+    def __post_init__(self) -> None:
+        check(
+            (self.every >= 0, f"every must not be negative, got {self.every}"),
+            (self.keep >= 1, f"keep must be at least 1, got {self.keep}"),
+        )
+
+
+@node
+class EvalConfig:
+    """What to measure on examples that are not trained on.
+
+    Attributes:
+        every: steps between evaluations; 0 evaluates before and after training only.
+        data: held-out data; None takes ``fraction`` of the training examples instead (for
+            embedded data: its own held-out split).
+        fraction: share of the training examples set aside.
+        max_rows: rows that the held-out loss is measured on.
+        questions: held-out questions for exact match (embedded data only); 0 turns it off.
+    """
+
+    every: int = 0
+    data: DataConfig | None = None
+    fraction: float = 0.0
+    max_rows: int = 256
+    questions: int = 0
+
+    def __post_init__(self) -> None:
+        check(
+            (self.every >= 0, f"every must not be negative, got {self.every}"),
+            (0 <= self.fraction < 1, f"fraction must be in [0, 1), got {self.fraction}"),
+            (self.data is None or self.fraction == 0, "set data or fraction, not both"),
+            (self.max_rows >= 1, f"max_rows must be at least 1, got {self.max_rows}"),
+            (self.questions >= 0, f"questions must not be negative, got {self.questions}"),
+        )
+
+
+@node
+class LoggingConfig:
+    """What to show and store.
+
+    Attributes:
+        every: steps between lines of ``metrics.jsonl`` and updates of the live table.
+        plot: write ``loss.png`` when matplotlib is installed.
+    """
+
+    every: int = 10
+    plot: bool = True
+
+    def __post_init__(self) -> None:
+        check((self.every >= 1, f"every must be at least 1, got {self.every}"))
+
+
+@node
+class RunConfig:
+    """A training run.
+
+    Attributes:
+        name: first part of the run directory's name.
+        task: ``pretrain`` predicts every token of documents; ``sft`` predicts the assistant's
+            tokens of conversations.
+        seq_len: tokens per row.
+        packing: fill rows with several documents that do not see each other.
+        too_long: what to do with a conversation longer than ``seq_len``: ``refuse`` or
+            ``truncate`` its end (documents are always split).
+        backend: who trains: a backend's name or ``auto``.
+        device, dtype: as in `ExecutionPlan`.
+        export_dtype: dtype of the exported weights.
+        output_dir: parent of run directories.
+    """
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    task: Literal["pretrain", "sft"]
+    seq_len: int
+    train: TrainConfig
+    packing: bool = True
+    too_long: Literal["refuse", "truncate"] = "refuse"
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    backend: str = "auto"
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    output_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        chat = self.task == "sft"
+        sources = [self.data] if self.eval.data is None else [self.data, self.eval.data]
+        check(
+            (self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}"),
+            (
+                bool(self.name) and not set(self.name) & set("/\\\0"),
+                f"name must be usable as a directory name, got {self.name!r}",
+            ),
+            (
+                all(is_chat(source) or not chat for source in sources),
+                "task sft needs conversations: choose a data.format other than text",
+            ),
+            (
+                self.eval.questions == 0 or self.data.kind == "embedded",
+                "eval.questions needs data.kind = embedded (other data has no short answers)",
+            ),
+        )
