@@ -49,7 +49,7 @@ def plan_scores(requests: Sequence[ScoreRequest]) -> Iterator[ScoreStep]:
     Every position that must be scored is fed, even when an earlier step already computed it:
     logits are not kept.
     """
-    inputs = [(*r.context, *r.continuation[:-1]) for r in requests]
+    inputs = [r.context + r.continuation[:-1] for r in requests]
     order = sorted(range(len(requests)), key=lambda i: (inputs[i], len(requests[i].context)))
     previous: tuple[int, ...] = ()
     start = 0
@@ -62,8 +62,7 @@ def plan_scores(requests: Sequence[ScoreRequest]) -> Iterator[ScoreStep]:
         first_scored = min(len(requests[i].context) - 1 for i in group)
         keep = min(_common_prefix(previous, tokens), first_scored)
         targets = tuple(
-            Target(i, len(requests[i].context) - 1 - keep, requests[i].continuation)
-            for i in group
+            Target(i, len(requests[i].context) - 1 - keep, requests[i].continuation) for i in group
         )
         yield ScoreStep(keep, tokens[keep:], targets)
         previous, start = tokens, end

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
-from qwen2kit.errors import ConfigError
+from qwen2kit.errors import BackendError, ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +27,7 @@ class Sampling:
         max_new_tokens: upper bound on generated tokens (the stop token counts).
         stop_token_ids: generation ends with any of these ids; the id is emitted last.
         temperature: 0 means greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
+        top_k: keep the k most likely tokens (and ties with the k-th); 0 keeps all.
         top_p: keep the smallest set whose probability reaches p; 1 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of every id seen in
             prompt or output (CTRL, arXiv 1909.05858); 1 is off.
@@ -50,18 +51,20 @@ class Sampling:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise ConfigError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must not be negative, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(
-                f"repetition_penalty must be positive, got {self.repetition_penalty}"
-            )
+        for name, (valid, rule) in self._rules().items():
+            if not valid:
+                raise ConfigError(f"{name} must {rule}, got {getattr(self, name)}")
+
+    def _rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "max_new_tokens": (self.max_new_tokens >= 1, "be at least 1"),
+            "temperature": (0 <= self.temperature < inf, "not be negative"),
+            "top_k": (self.top_k >= 0, "not be negative"),
+            "top_p": (0 < self.top_p <= 1, "be in (0, 1]"),
+            "repetition_penalty": (0 < self.repetition_penalty < inf, "be positive"),
+            "seed": (0 <= self.seed < 1 << 64, "be between 0 and 2**64 - 1"),
+            "vocab_limit": (self.vocab_limit is None or self.vocab_limit >= 1, "be at least 1"),
+        }
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -90,6 +93,9 @@ class Sampler:
 
         Args:
             logits: float32 ``[vocab]`` of the last position; not modified.
+
+        Raises:
+            BackendError: the logits hold NaN, or nothing finite to choose from.
         """
         import numpy as np
 
@@ -110,15 +116,19 @@ class Sampler:
         import numpy as np
 
         sampling = self._sampling
+        best = int(np.argmax(scores))
+        if not np.isfinite(scores[best]):
+            raise BackendError(
+                "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
+            )
         if sampling.temperature == 0:
-            return int(np.argmax(scores))
+            return best
         ids = np.arange(len(scores))
         if 0 < sampling.top_k < len(scores):
-            ids = np.argpartition(-scores, sampling.top_k - 1)[: sampling.top_k]
-        kept = scores[ids].astype(np.float64) / sampling.temperature
-        order = np.lexsort((ids, -kept))
-        ids, kept = ids[order], kept[order]
-        probs = np.exp(kept - kept[0])
+            ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
+        kept = (scores[ids].astype(np.float64) - scores[best]) / sampling.temperature
+        order = np.argsort(-kept, kind="stable")
+        ids, probs = ids[order], np.exp(kept[order])
         probs /= probs.sum()
         if sampling.top_p < 1:
             count = int(np.searchsorted(np.cumsum(probs), sampling.top_p)) + 1

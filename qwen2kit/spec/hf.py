@@ -9,58 +9,13 @@ nothing is filtered away silently. Quantisation entries are not read here: they 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from qwen2kit.errors import ConfigError
+from qwen2kit.spec.hf_keys import ARCHITECTURES, MOE_OPTIONAL, MOE_REQUIRED, key_problems
 from qwen2kit.spec.hf_rope import read_rope, write_rope
 from qwen2kit.spec.model import DualChunkSpec, ModelSpec, MoESpec, SlidingWindowSpec
-
-ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM"}
-
-# Keys that never change what the model computes at inference.
-_INERT = {
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map",
-    "cache_implementation",
-    "chunk_size_feed_forward", "dtype", "id2label", "is_decoder", "is_encoder_decoder", "label2id",
-    "model_type", "name_or_path", "output_attentions", "output_hidden_states", "problem_type",
-    "quantization", "quantization_config", "return_dict", "task_specific_params", "torch_dtype",
-    "torchscript", "transformers_version", "use_cache", "use_return_dict", "unsloth_version",
-}  # fmt: skip
-
-# Keys that are understood only at the one value every Qwen2 checkpoint has.
-_FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_dropout": (0, 0.0),
-    "attention_bias": (True,),
-    "qkv_bias": (True,),
-    "mlp_bias": (False,),
-    "use_mrope": (False,),
-    "use_qk_norm": (False,),
-    "rope_traditional": (False,),
-    "add_cross_attention": (False,),
-    "tie_encoder_decoder": (False,),
-    "pruned_heads": ({},),
-    "partial_rotary_factor": (1, 1.0),
-    "logits_scaling": (1, 1.0),
-}
-
-_REQUIRED = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
-_OPTIONAL = {
-    "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
-    "rms_norm_eps", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id",
-    "rope_theta", "rope_scaling", "rope_parameters", "use_sliding_window", "sliding_window",
-    "max_window_layers", "layer_types", "dual_chunk_attention_config",
-}  # fmt: skip
-_MOE = (
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size",
-    "shared_expert_intermediate_size",
-)  # fmt: skip
-_MOE_OPTIONAL = {
-    "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", "router_aux_loss_coef",
-    "output_router_logits",
-}  # fmt: skip
 
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
@@ -70,13 +25,15 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
         ConfigError: not a Qwen2-family config; a required key is missing or has the wrong type;
             a key that may change the computation is unknown. All problems are in one message.
     """
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config.json must hold an object, got {type(config).__name__}")
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ConfigError(
             f"model_type {model_type!r} is not of the Qwen2 family; expected one of: "
             + ", ".join(ARCHITECTURES)
         )
-    problems = _problems(config, moe=model_type == "qwen2_moe")
+    problems = key_problems(config)
     if problems:
         raise ConfigError("config.json: " + "; ".join(problems))
     heads = _integer(config, "num_attention_heads")
@@ -98,9 +55,9 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
         window=_read_window(config),
         dual_chunk=_read_dual_chunk(config),
         moe=_read_moe(config) if model_type == "qwen2_moe" else None,
-        bos_token_id=config.get("bos_token_id"),
+        bos_token_id=_optional_integer(config, "bos_token_id"),
         eos_token_id=_read_eos(config.get("eos_token_id")),
-        pad_token_id=config.get("pad_token_id"),
+        pad_token_id=_optional_integer(config, "pad_token_id"),
     )
     _check_layer_types(spec, config.get("layer_types"))
     return spec
@@ -137,27 +94,17 @@ def to_hf_config(spec: ModelSpec, *, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         **write_rope(spec.rope),
     }
+    if window.enabled:
+        config["layer_types"] = _layer_types(spec)
     if spec.head_dim * spec.num_attention_heads != spec.hidden_size:
         config["head_dim"] = spec.head_dim
     if spec.dual_chunk is not None:
         config["dual_chunk_attention_config"] = _write_dual_chunk(spec.dual_chunk)
     if spec.moe is not None:
-        config |= {key: getattr(spec.moe, key) for key in (*_MOE, *sorted(_MOE_OPTIONAL))}
+        config |= {key: getattr(spec.moe, key) for key in (*MOE_REQUIRED, *MOE_OPTIONAL)}
         config["mlp_only_layers"] = list(spec.moe.mlp_only_layers)
         config["qkv_bias"] = True
     return config
-
-
-def _problems(config: Mapping[str, Any], *, moe: bool) -> list[str]:
-    required = (*_REQUIRED, *(_MOE if moe else ()))
-    known = _INERT | set(_FIXED) | set(required) | _OPTIONAL | (_MOE_OPTIONAL if moe else set())
-    found = [f"missing {key!r}" for key in required if config.get(key) is None]
-    for key, value in config.items():
-        if key in _FIXED and value is not None and value not in _FIXED[key]:
-            found.append(f"{key}={value!r} is not supported (expected {_FIXED[key][0]!r})")
-        elif key not in known and value is not None:
-            found.append(f"unknown key {key!r}: it may change what the model computes")
-    return found
 
 
 def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
@@ -169,51 +116,63 @@ def _integer(config: Mapping[str, Any], key: str, default: int | None = None) ->
     return value
 
 
+def _optional_integer(config: Mapping[str, Any], key: str) -> int | None:
+    return None if config.get(key) is None else _integer(config, key)
+
+
 def _number(config: Mapping[str, Any], key: str, default: float) -> float:
-    value = config.get(key, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
         raise ConfigError(f"config.json: {key} must be a number, got {value!r}")
     return float(value)
 
 
 def _boolean(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
+    value = config.get(key)
+    if value is None:
+        return default
     if not isinstance(value, bool):
         raise ConfigError(f"config.json: {key} must be true or false, got {value!r}")
     return value
 
 
 def _read_eos(value: object) -> int | tuple[int, ...] | None:
-    if isinstance(value, list):
-        return tuple(int(item) for item in value)
-    if value is None or isinstance(value, int):
+    if value is None or type(value) is int:
         return value
-    raise ConfigError(f"config.json: eos_token_id must be an integer or a list, got {value!r}")
+    if isinstance(value, list) and all(type(item) is int for item in value):
+        return tuple(value)
+    raise ConfigError(
+        f"config.json: eos_token_id must be an integer or a list of integers, got {value!r}"
+    )
 
 
 def _read_window(config: Mapping[str, Any]) -> SlidingWindowSpec:
-    layers = _integer(config, "num_hidden_layers")
     enabled = _boolean(config, "use_sliding_window", False)
-    length = config.get("sliding_window")
-    if enabled and not (isinstance(length, int) and length > 0):
+    length = _optional_integer(config, "sliding_window")
+    layers = _optional_integer(config, "max_window_layers")
+    if enabled and (length is None or layers is None):
         raise ConfigError(
-            f"config.json: use_sliding_window is true but sliding_window is {length!r}"
+            "config.json: use_sliding_window is true, so sliding_window and max_window_layers "
+            f"must be given (they are {length!r} and {layers!r})"
         )
     return SlidingWindowSpec(
         enabled=enabled,
         sliding_window=length,
-        max_window_layers=_integer(config, "max_window_layers", layers),
+        max_window_layers=_integer(config, "num_hidden_layers") if layers is None else layers,
     )
 
 
-def _check_layer_types(spec: ModelSpec, layer_types: object) -> None:
-    if layer_types is None:
-        return
-    expected = [
+def _layer_types(spec: ModelSpec) -> list[str]:
+    return [
         "full_attention" if spec.window_of(layer) is None else "sliding_attention"
         for layer in range(spec.num_hidden_layers)
     ]
-    if layer_types != expected:
+
+
+def _check_layer_types(spec: ModelSpec, layer_types: object) -> None:
+    if layer_types is not None and layer_types != _layer_types(spec):
         raise ConfigError(
             "config.json: layer_types contradicts use_sliding_window and max_window_layers"
         )
@@ -223,6 +182,10 @@ def _read_dual_chunk(config: Mapping[str, Any]) -> DualChunkSpec | None:
     value = config.get("dual_chunk_attention_config")
     if value is None:
         return None
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"config.json: dual_chunk_attention_config must be an object, got {value!r}"
+        )
     known = {"chunk_size", "local_size", "original_max_position_embeddings"}
     unknown = set(value) - known
     if unknown:
@@ -232,7 +195,9 @@ def _read_dual_chunk(config: Mapping[str, Any]) -> DualChunkSpec | None:
     return DualChunkSpec(
         chunk_size=_integer(value, "chunk_size"),
         local_size=_integer(value, "local_size"),
-        original_max_position_embeddings=value.get("original_max_position_embeddings"),
+        original_max_position_embeddings=_optional_integer(
+            value, "original_max_position_embeddings"
+        ),
     )
 
 
@@ -251,7 +216,15 @@ def _read_moe(config: Mapping[str, Any]) -> MoESpec:
         shared_expert_intermediate_size=_integer(config, "shared_expert_intermediate_size"),
         norm_topk_prob=_boolean(config, "norm_topk_prob", False),
         decoder_sparse_step=_integer(config, "decoder_sparse_step", 1),
-        mlp_only_layers=tuple(config.get("mlp_only_layers") or ()),
+        mlp_only_layers=_read_layers(config.get("mlp_only_layers")),
         router_aux_loss_coef=_number(config, "router_aux_loss_coef", 0.001),
         output_router_logits=_boolean(config, "output_router_logits", False),
     )
+
+
+def _read_layers(value: object) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or any(type(layer) is not int for layer in value):
+        raise ConfigError(f"config.json: mlp_only_layers must list layer numbers, got {value!r}")
+    return tuple(value)

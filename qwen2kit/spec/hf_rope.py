@@ -7,15 +7,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Any
 
 from qwen2kit.errors import ConfigError
 from qwen2kit.spec.model import LinearScaling, RoPESpec, YarnScaling
 
 _DEFAULT_THETA = 10_000.0  # transformers' Qwen2Config default when the key is absent
-_YARN_OPTIONAL = (
-    "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
-)  # fmt: skip
+_YARN_NUMBERS = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+_KNOWN = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "yarn": {"factor", "original_max_position_embeddings", "truncate", *_YARN_NUMBERS},
+}
 
 
 def read_rope(config: Mapping[str, Any]) -> RoPESpec:
@@ -30,6 +34,8 @@ def read_rope(config: Mapping[str, Any]) -> RoPESpec:
     modern = config.get("rope_parameters")
     if modern is None:
         return legacy or RoPESpec(rope_theta=_DEFAULT_THETA)
+    if not isinstance(modern, Mapping):
+        raise ConfigError(f"config.json: rope_parameters must be an object, got {modern!r}")
     theta = modern.get("rope_theta", config.get("rope_theta", _DEFAULT_THETA))
     rope = RoPESpec(rope_theta=_positive("rope_theta", theta), scaling=_scaling(modern))
     if legacy is not None and legacy != rope:
@@ -52,7 +58,7 @@ def write_rope(rope: RoPESpec) -> dict[str, Any]:
             "original_max_position_embeddings": yarn.original_max_position_embeddings,
         }
         default = YarnScaling(factor=1.0, original_max_position_embeddings=1)
-        for key in _YARN_OPTIONAL:
+        for key in (*_YARN_NUMBERS, "truncate"):
             if getattr(yarn, key) != getattr(default, key):
                 scaling[key] = getattr(yarn, key)
     modern = {"rope_theta": rope.rope_theta, "rope_type": "default", **scaling}
@@ -68,38 +74,66 @@ def _read_legacy(config: Mapping[str, Any]) -> RoPESpec | None:
     theta, scaling = config.get("rope_theta"), config.get("rope_scaling")
     if theta is None and scaling is None:
         return None
-    theta = _positive("rope_theta", _DEFAULT_THETA if theta is None else theta)
-    return RoPESpec(rope_theta=theta, scaling=_scaling(scaling or {}))
+    inner = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
+    if theta is not None and inner is not None and theta != inner:
+        raise ConfigError("config.json: rope_theta differs between the top level and rope_scaling")
+    if theta is None:
+        theta = _DEFAULT_THETA if inner is None else inner
+    return RoPESpec(
+        rope_theta=_positive("rope_theta", theta),
+        scaling=None if scaling is None else _scaling(scaling),
+    )
 
 
 def _scaling(entry: object) -> YarnScaling | LinearScaling | None:
     if not isinstance(entry, Mapping):
         raise ConfigError(f"config.json: RoPE scaling must be an object, got {entry!r}")
-    kind = entry.get("rope_type", entry.get("type", "default"))
-    known = {"rope_type", "type", "rope_theta", "factor"}
-    if kind == "yarn":
-        known |= {"original_max_position_embeddings", *_YARN_OPTIONAL}
-    unknown = {key for key, value in entry.items() if value is not None} - known
+    given = {key: value for key, value in entry.items() if value is not None}
+    kind = _kind(given)
+    unknown = set(given) - _KNOWN[kind] - {"rope_type", "type", "rope_theta"}
+    if given.get("partial_rotary_factor") == 1:
+        unknown.discard("partial_rotary_factor")
     if unknown:
         raise ConfigError(f"config.json: unknown RoPE keys for type {kind!r}: {sorted(unknown)}")
     if kind == "default":
         return None
-    if kind not in ("yarn", "linear"):
-        raise ConfigError(f"config.json: RoPE type {kind!r} is not supported (default, linear, yarn)")
-    factor = _positive("factor", entry.get("factor"))
-    if kind == "linear":
-        return LinearScaling(factor=factor)
-    original = entry.get("original_max_position_embeddings")
-    if not isinstance(original, int) or original <= 0:
+    factor = _positive("factor", given.get("factor"))
+    return LinearScaling(factor=factor) if kind == "linear" else _yarn(given, factor)
+
+
+def _kind(given: Mapping[str, Any]) -> str:
+    kind = given.get("rope_type", given.get("type", "default"))
+    if not isinstance(kind, str) or kind not in _KNOWN:
+        raise ConfigError(
+            f"config.json: RoPE type {kind!r} is not supported (default, linear, yarn)"
+        )
+    if given.get("type", kind) != kind:
+        raise ConfigError(
+            f"config.json: RoPE type={given['type']!r} contradicts rope_type={kind!r}"
+        )
+    return kind
+
+
+def _yarn(given: Mapping[str, Any], factor: float) -> YarnScaling:
+    original = given.get("original_max_position_embeddings")
+    if type(original) is not int or original <= 0:
         raise ConfigError(
             "config.json: YaRN needs original_max_position_embeddings (the training length, "
             "32768 for Qwen2)"
         )
-    options = {key: entry[key] for key in _YARN_OPTIONAL if entry.get(key) is not None}
-    return YarnScaling(factor=factor, original_max_position_embeddings=original, **options)
+    truncate = given.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ConfigError(f"config.json: YaRN truncate must be true or false, got {truncate!r}")
+    numbers: dict[str, Any] = {
+        key: _positive(key, given[key]) for key in _YARN_NUMBERS if key in given
+    }
+    return YarnScaling(
+        factor=factor, original_max_position_embeddings=original, truncate=truncate, **numbers
+    )
 
 
 def _positive(key: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not isfinite(value) or value <= 0:  # type: ignore[arg-type,operator]
         raise ConfigError(f"config.json: {key} must be a positive number, got {value!r}")
-    return float(value)
+    return float(value)  # type: ignore[arg-type]

@@ -7,10 +7,17 @@ device; it is hashable data that backends compile, that `schema` expands into pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from qwen2kit.errors import ConfigError
+
+
+def _check_size(name: str, value: int, limit: int) -> None:
+    if value <= 0:
+        raise ConfigError(f"{name} must be positive, got {value}")
+    if value > limit:
+        raise ConfigError(f"{name} must be at most {limit}, got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +50,10 @@ class RoPESpec:
     rope_theta: float = 1_000_000.0
     scaling: YarnScaling | LinearScaling | None = None
 
+    def __post_init__(self) -> None:
+        if not self.rope_theta > 1:
+            raise ConfigError(f"rope_theta must be greater than 1, got {self.rope_theta}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlidingWindowSpec:
@@ -56,6 +67,16 @@ class SlidingWindowSpec:
     sliding_window: int | None = None
     max_window_layers: int = 28
 
+    def __post_init__(self) -> None:
+        if self.enabled and not (self.sliding_window and self.sliding_window > 0):
+            raise ConfigError(
+                f"sliding_window must be positive when enabled, got {self.sliding_window}"
+            )
+        if self.max_window_layers < 0:
+            raise ConfigError(
+                f"max_window_layers must not be negative, got {self.max_window_layers}"
+            )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DualChunkSpec:
@@ -64,6 +85,13 @@ class DualChunkSpec:
     chunk_size: int
     local_size: int
     original_max_position_embeddings: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.local_size < self.chunk_size:
+            raise ConfigError(
+                "dual chunk attention needs 0 < local_size < chunk_size, got "
+                f"local_size={self.local_size} and chunk_size={self.chunk_size}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +108,18 @@ class MoESpec:
     router_aux_loss_coef: float = 0.001
     output_router_logits: bool = False
 
+    def __post_init__(self) -> None:
+        _check_size("num_experts", self.num_experts, 1 << 14)
+        _check_size("num_experts_per_tok", self.num_experts_per_tok, self.num_experts)
+        _check_size("moe_intermediate_size", self.moe_intermediate_size, 1 << 22)
+        _check_size(
+            "shared_expert_intermediate_size", self.shared_expert_intermediate_size, 1 << 22
+        )
+        _check_size("decoder_sparse_step", self.decoder_sparse_step, 1 << 20)
+
     def is_sparse(self, layer: int) -> bool:
         """Whether decoder layer ``layer`` (0-based) has experts instead of a dense MLP."""
-        return (
-            layer not in self.mlp_only_layers
-            and self.num_experts > 0
-            and (layer + 1) % self.decoder_sparse_step == 0
-        )
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,8 +127,9 @@ class ModelSpec:
     """A Qwen2-family decoder (Qwen1.5, Qwen2, Qwen2.5; dense or MoE).
 
     Raises:
-        ConfigError: a size is not positive, ``num_attention_heads`` is not a multiple of
-            ``num_key_value_heads``, or ``head_dim`` is odd.
+        ConfigError: a size is not positive or absurdly large, ``num_attention_heads`` is not a
+            multiple of ``num_key_value_heads``, ``head_dim`` is odd, or the attention, RoPE or
+            expert settings are impossible.
     """
 
     vocab_size: int
@@ -118,9 +152,8 @@ class ModelSpec:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        for name, limit in _LIMITS.items():
+            _check_size(name, getattr(self, name), limit)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -128,6 +161,12 @@ class ModelSpec:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if not self.rms_norm_eps > 0:
+            raise ConfigError(f"rms_norm_eps must be positive, got {self.rms_norm_eps}")
+        if not self.initializer_range >= 0:
+            raise ConfigError(
+                f"initializer_range must not be negative, got {self.initializer_range}"
+            )
 
     @property
     def model_type(self) -> Literal["qwen2", "qwen2_moe"]:
@@ -150,15 +189,13 @@ class ModelSpec:
         return None
 
 
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-
-assert {f.name for f in fields(ModelSpec)} >= set(_SIZES)
+_LIMITS = {
+    "vocab_size": 1 << 24,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 31,
+}

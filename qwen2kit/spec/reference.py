@@ -41,7 +41,7 @@ class ReferenceModel:
     def logits(self, tokens: Sequence[int]) -> Array:
         """Logits ``[T, V]``."""
         head = EMBED_TOKENS if self.spec.tie_word_embeddings else LM_HEAD
-        return self.hidden_states(tokens)[-1] @ self._w(head).T
+        return np.asarray(self.hidden_states(tokens)[-1] @ self._w(head).T)
 
     def hidden_states(self, tokens: Sequence[int]) -> Array:
         """``[layers + 2, T, D]``: embedding, each layer's output, final norm's output."""
@@ -64,7 +64,7 @@ class ReferenceModel:
 
     def _norm(self, x: Array, name: str) -> Array:
         variance = np.mean(x * x, axis=-1, keepdims=True)
-        return self._w(name) * x / np.sqrt(variance + self.spec.rms_norm_eps)
+        return np.asarray(self._w(name) * x / np.sqrt(variance + self.spec.rms_norm_eps))
 
     def _attention(self, x: Array, prefix: str, layer: int, cos: Array, sin: Array) -> Array:
         spec, length = self.spec, len(x)
@@ -84,7 +84,7 @@ class ReferenceModel:
         visible = (distance >= 0) & (distance < (window or length + 1))
         probs_HTS = _softmax(np.where(visible, scores_HTS, -np.inf))
         out = np.einsum("hts,shc->thc", probs_HTS, v_THC).reshape(length, -1)
-        return out @ self._w(prefix + "o_proj.weight").T
+        return np.asarray(out @ self._w(prefix + "o_proj.weight").T)
 
     def _mlp(self, x: Array, prefix: str, layer: int) -> Array:
         moe = self.spec.moe
@@ -95,7 +95,7 @@ class ReferenceModel:
     def _gated(self, x: Array, prefix: str) -> Array:
         gate = x @ self._w(prefix + "gate_proj.weight").T
         up = x @ self._w(prefix + "up_proj.weight").T
-        return (gate * _sigmoid(gate) * up) @ self._w(prefix + "down_proj.weight").T
+        return np.asarray((gate * _sigmoid(gate) * up) @ self._w(prefix + "down_proj.weight").T)
 
     def _sparse(self, x: Array, prefix: str, moe: MoESpec) -> Array:
         probs_TE = _softmax(x @ self._w(prefix + "gate.weight").T)
@@ -125,4 +125,4 @@ def _softmax(x: Array) -> Array:
 
 
 def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + np.exp(-x))
+    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * x)))

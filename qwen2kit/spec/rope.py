@@ -65,9 +65,7 @@ def _yarn_frequencies(
     if low == high:
         high += 0.001
     ramp = [min(max((m - low) / (high - low), 0.0), 1.0) for m in range(dim // 2)]
-    return tuple(
-        w * ((1 - r) + r / yarn.factor) for w, r in zip(plain, ramp, strict=True)
-    )
+    return tuple(w * ((1 - r) + r / yarn.factor) for w, r in zip(plain, ramp, strict=True))
 
 
 def _yarn_attention(yarn: YarnScaling) -> float:

@@ -156,9 +156,7 @@ class _Builder:
         embed = (Axis.EMBED,)
         yield self.param(prefix + "gate.weight", ((Axis.EXPERT,), embed), "router", layer)
         for expert in range(moe.num_experts):
-            yield from self.gated_mlp(
-                f"{prefix}experts.{expert}.", Axis.EXPERT_FFN, layer, expert
-            )
+            yield from self.gated_mlp(f"{prefix}experts.{expert}.", Axis.EXPERT_FFN, layer, expert)
         yield from self.gated_mlp(prefix + "shared_expert.", Axis.SHARED_FFN, layer)
         yield self.param(
             prefix + "shared_expert_gate.weight", ((Axis.ONE,), embed), "router", layer

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DType = Literal["float32", "float16", "bfloat16", "float64", "int8", "int32", "int64", "uint32", "uint8"]
+DType = Literal[
+    "float32", "float16", "bfloat16", "float64", "int8", "int32", "int64", "uint32", "uint8"
+]
 FLOAT_DTYPES: tuple[DType, ...] = ("float32", "float16", "bfloat16")
 
 ITEM_SIZE: dict[DType, int] = {
@@ -82,11 +84,11 @@ def from_numpy(array: NDArray[np.generic]) -> HostTensor:
     """Wrap a NumPy array (any dtype in `DType` but bfloat16) without copying if contiguous."""
     import numpy as np
 
-    contiguous = np.ascontiguousarray(array)
+    contiguous = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     name = contiguous.dtype.name
     if name not in ITEM_SIZE:
         raise WeightError(f"NumPy dtype {name} has no tensor dtype")
-    return HostTensor(name, array.shape, memoryview(contiguous.reshape(-1).view(np.uint8)))
+    return HostTensor(name, array.shape, contiguous.reshape(-1).view(np.uint8).data)
 
 
 def from_bits(bits: NDArray[np.uint16]) -> HostTensor:
@@ -94,7 +96,7 @@ def from_bits(bits: NDArray[np.uint16]) -> HostTensor:
     import numpy as np
 
     flat = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-    return HostTensor("bfloat16", bits.shape, memoryview(flat))
+    return HostTensor("bfloat16", bits.shape, flat.data)
 
 
 def from_float32(values: NDArray[np.float32], dtype: DType) -> HostTensor:
@@ -111,7 +113,7 @@ def from_float32(values: NDArray[np.float32], dtype: DType) -> HostTensor:
     if dtype == "float16":
         with np.errstate(over="ignore"):
             half = values.astype(np.float16)
-        if np.isinf(half).any() and np.isfinite(values).all():
+        if (np.isinf(half) & np.isfinite(values)).any():
             raise WeightError("values overflow float16; use bfloat16 or float32")
         return from_numpy(half)
     if dtype == "bfloat16":
