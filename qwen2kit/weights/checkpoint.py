@@ -1,0 +1,109 @@
+"""Checkpoint: a model on disk, whatever its format, opened and checked but not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qwen2kit.errors import Qwen2KitError, WeightError
+from qwen2kit.spec.hf import from_hf_config
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.spec.schema import EMBED_TOKENS
+from qwen2kit.weights.generation import GenerationDefaults, read_generation
+from qwen2kit.weights.hf_layout import open_weights, read_json, refuse_foreign_quantization
+from qwen2kit.weights.match import check_fits
+from qwen2kit.weights.quantization import Quantization, read_quantization
+from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
+
+if TYPE_CHECKING:
+    from qwen2kit.tokenizer.bpe import Tokenizer
+
+Format = Literal["hf", "mlx", "gguf"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A model on disk.
+
+    Attributes:
+        path: directory, or the ``.gguf`` file.
+        format: on-disk layout.
+        spec: what it computes.
+        weights: its tensors by canonical name; they fit ``spec``.
+        dtype: stored float dtype (of the scales where weights are quantised).
+        quantization: MLX affine settings, or None. GGUF block types are per tensor and not here.
+        generation: stop ids and sampling defaults.
+    """
+
+    path: Path
+    format: Format
+    spec: ModelSpec
+    weights: WeightSource
+    dtype: DType
+    quantization: Quantization | None
+    generation: GenerationDefaults
+    load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)
+
+    def tokenizer(self) -> Tokenizer:
+        """Read the tokenizer that belongs to the model. Raises TokenizerError."""
+        return self.load_tokenizer()
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open a model directory (HF or MLX layout) or a ``.gguf`` file.
+
+    Raises:
+        ConfigError: config.json or the GGUF metadata is not a supported Qwen2-family model.
+        WeightError: weights are missing, damaged, in an unsupported encoding, or do not fit.
+    """
+    if path.is_dir():
+        return _open_directory(path)
+    if path.suffix.lower() == ".gguf":
+        raise WeightError(f"{path}: GGUF is not supported yet")
+    raise WeightError(f"{path}: neither a model directory nor a .gguf file")
+
+
+def _open_directory(path: Path) -> Checkpoint:
+    config_path = path / "config.json"
+    if not config_path.is_file():
+        raise WeightError(f"{path}: no config.json; this is not a model directory")
+    config = read_json(config_path)
+    try:
+        refuse_foreign_quantization(config)
+        spec = from_hf_config(config)
+        quantization = read_quantization(config)
+        weights = open_weights(path)
+        check_fits(spec, weights)
+    except Qwen2KitError as error:
+        raise type(error)(_with_path(path, str(error))) from error
+    is_mlx = any(file.metadata.get("format") == "mlx" for file in weights.files)
+    return Checkpoint(
+        path=path,
+        format="mlx" if is_mlx else "hf",
+        spec=spec,
+        weights=weights,
+        dtype=_float_dtype(path, weights),
+        quantization=quantization,
+        generation=read_generation(path, spec),
+        load_tokenizer=lambda: _tokenizer_from_dir(path),
+    )
+
+
+def _tokenizer_from_dir(path: Path) -> Tokenizer:
+    from qwen2kit.tokenizer.bpe import Tokenizer
+
+    return Tokenizer.from_dir(path)
+
+
+def _float_dtype(path: Path, weights: WeightSource) -> DType:
+    dtype = weights.info(EMBED_TOKENS).dtype
+    if dtype not in FLOAT_DTYPES:
+        raise WeightError(f"{path}: weights are {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
+    return dtype
+
+
+def _with_path(path: Path, message: str) -> str:
+    return message if message.startswith(str(path)) else f"{path}: {message}"
