@@ -16,13 +16,14 @@ from qwen2kit.weights.locate import locate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model ready to score and generate, with the files it came from."""
+    """A model ready to score and generate, with the files it came from and the plan it runs by."""
 
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     backend: Backend
     model: CompiledModel
     report: LoadReport
+    plan: ExecutionPlan = ExecutionPlan()
 
     def sampling(self, **overrides: object) -> Sampling:
         """The checkpoint's generation defaults (stop ids included), with ``overrides`` applied.
@@ -53,8 +54,14 @@ def load_model(
     chosen = get(backend)
     checkpoint = open_checkpoint(locate(str(model)))
     tokenizer = checkpoint.tokenizer()
-    compiled = chosen.compile(checkpoint.spec, plan or ExecutionPlan())
+    plan = plan or ExecutionPlan()
+    compiled = chosen.compile(checkpoint.spec, plan)
     report = compiled.load(checkpoint.weights)
     return LoadedModel(
-        checkpoint=checkpoint, tokenizer=tokenizer, backend=chosen, model=compiled, report=report
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        backend=chosen,
+        model=compiled,
+        report=report,
+        plan=plan,
     )
