@@ -1,0 +1,137 @@
+"""``qwen2kit chat``: talk to a model, in a terminal, in one shot or through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen2kit.cli.output import console, emit_json
+from qwen2kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen2kit.generate.chat_session import ChatSession
+
+DEFAULT_MODEL = "Qwen/Qwen2-0.5B-Instruct"
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Directory, GGUF file, run directory or hub id; default: the latest run under "
+            f"./runs, else {DEFAULT_MODEL}."
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus probability mass.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Most likely tokens kept; 0: all.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="One JSON document (with --prompt or a pipe).")
+    ] = False,
+) -> None:
+    """Chat with a model: streaming, multi-turn; /help lists the commands."""
+    if greedy and temperature:
+        raise ConfigError("--greedy and --temperature contradict each other; give one of them")
+    sampling: dict[str, object] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "repetition_penalty": 1.0 if greedy and repetition_penalty is None else repetition_penalty,
+        "seed": seed,
+    }
+    question = prompt if prompt is not None else _piped()
+    if json_output and question is None:
+        raise ConfigError("--json needs --prompt TEXT or text on stdin")
+    session = _open(model, backend, dtype, device, system, sampling)
+    if question is None:
+        from qwen2kit.cli.chat_loop import converse
+
+        converse(session)
+    else:
+        _answer_once(session, question, json_output)
+
+
+def _piped() -> str | None:
+    """All of stdin if it is a pipe or file, else None."""
+    if sys.stdin is None or sys.stdin.isatty():
+        return None
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError("stdin is not UTF-8 text") from None
+    if not text.strip():
+        raise ConfigError("stdin is empty; pipe a prompt, give --prompt, or run in a terminal")
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def _open(
+    model: str | None,
+    backend: str,
+    dtype: str,
+    device: str,
+    system: str | None,
+    sampling: dict[str, object],
+) -> ChatSession:
+    from qwen2kit.backend.loading import load_model
+    from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit.generate.chat_session import ChatSession
+    from qwen2kit.generate.sampling import Sampling
+
+    Sampling(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[arg-type]
+    plan = ExecutionPlan(device=device, dtype=dtype)
+    chosen = model if model is not None else _default_model()
+    with console().status(f"loading {chosen}"):
+        loaded = load_model(chosen, backend=backend, plan=plan)
+    session = ChatSession(loaded, system=system, **sampling)
+    for key in loaded.checkpoint.generation.ignored:
+        console().print(f"note: {key} of generation_config.json is not supported", markup=False)
+    if not session.is_chat:
+        console().print("This model has no chat template: it continues your text.")
+    return session
+
+
+def _default_model() -> str:
+    from qwen2kit.weights.locate import latest_run
+
+    run = latest_run(Path("runs"))
+    chosen = DEFAULT_MODEL if run is None else str(run)
+    console().print(f"no model given; taking {chosen}", markup=False)
+    return chosen
+
+
+def _answer_once(session: ChatSession, question: str, json_output: bool) -> None:
+    from qwen2kit.cli.chat_loop import stream_answer, warn_about_controls
+
+    warn_about_controls(session, question)
+    if not json_output:
+        stream_answer(session, question)
+        return
+    text = "".join(session.send(question))
+    answer = session.last
+    assert answer is not None
+    emit_json(
+        {
+            "text": text,
+            "tokens": answer.tokens,
+            "prompt_tokens": answer.prompt_tokens,
+            "finish_reason": answer.finish_reason,
+            "seconds": round(answer.seconds, 4),
+            "first_token_seconds": round(answer.first_token_seconds, 4),
+            "tokens_per_second": round(answer.tokens_per_second, 2),
+            "model": str(session.loaded.checkpoint.path),
+            "backend": session.loaded.backend.name,
+        }
+    )
