@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from qwen2kit.errors import Qwen2KitError, WeightError
 from qwen2kit.spec.hf import from_hf_config
 from qwen2kit.spec.model import ModelSpec
-from qwen2kit.spec.schema import EMBED_TOKENS
+from qwen2kit.spec.schema import FINAL_NORM
 from qwen2kit.weights.generation import GenerationDefaults, read_generation
 from qwen2kit.weights.hf_layout import open_weights, read_json, refuse_foreign_quantization
 from qwen2kit.weights.match import check_fits
+from qwen2kit.weights.mlx_layout import MlxSource, is_mlx
 from qwen2kit.weights.quantization import Quantization, read_quantization
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
@@ -75,14 +76,15 @@ def _open_directory(path: Path) -> Checkpoint:
         refuse_foreign_quantization(config)
         spec = from_hf_config(config)
         quantization = read_quantization(config)
-        weights = open_weights(path)
+        files = open_weights(path)
+        mlx = quantization is not None or is_mlx(files)
+        weights = MlxSource(spec, files, quantization) if mlx else files
         check_fits(spec, weights)
     except Qwen2KitError as error:
         raise type(error)(_with_path(path, str(error))) from error
-    is_mlx = any(file.metadata.get("format") == "mlx" for file in weights.files)
     return Checkpoint(
         path=path,
-        format="mlx" if is_mlx else "hf",
+        format="mlx" if mlx else "hf",
         spec=spec,
         weights=weights,
         dtype=_float_dtype(path, weights),
@@ -99,7 +101,7 @@ def _tokenizer_from_dir(path: Path) -> Tokenizer:
 
 
 def _float_dtype(path: Path, weights: WeightSource) -> DType:
-    dtype = weights.info(EMBED_TOKENS).dtype
+    dtype = weights.info(FINAL_NORM).dtype
     if dtype not in FLOAT_DTYPES:
         raise WeightError(f"{path}: weights are {dtype}; expected one of {', '.join(FLOAT_DTYPES)}")
     return dtype
