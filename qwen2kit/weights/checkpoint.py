@@ -34,7 +34,8 @@ class Checkpoint:
         format: on-disk layout.
         spec: what it computes.
         weights: its tensors by canonical name; they fit ``spec``.
-        dtype: stored float dtype (of the scales where weights are quantised).
+        dtype: stored float dtype: of the scales where MLX packs weights, bfloat16 for GGUF block
+            types.
         quantization: MLX affine settings, or None. GGUF block types are per tensor and not here.
         generation: stop ids and sampling defaults.
     """
@@ -63,7 +64,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_directory(path)
     if path.suffix.lower() == ".gguf":
-        raise WeightError(f"{path}: GGUF is not supported yet")
+        return _open_gguf(path)
     raise WeightError(f"{path}: neither a model directory nor a .gguf file")
 
 
@@ -91,6 +92,33 @@ def _open_directory(path: Path) -> Checkpoint:
         quantization=quantization,
         generation=read_generation(path, spec),
         load_tokenizer=lambda: _tokenizer_from_dir(path),
+    )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from qwen2kit.weights.gguf_read import generation_from_gguf, open_gguf
+
+    spec, weights = open_gguf(path)
+    fields = weights.file.fields
+    try:
+        check_fits(spec, weights)
+    except WeightError as error:
+        raise WeightError(_with_path(path, str(error))) from error
+
+    def tokenizer() -> Tokenizer:
+        from qwen2kit.tokenizer.bpe import Tokenizer
+
+        return Tokenizer.from_gguf(fields)
+
+    return Checkpoint(
+        path=path,
+        format="gguf",
+        spec=spec,
+        weights=weights,
+        dtype=weights.dtype,
+        quantization=None,
+        generation=generation_from_gguf(fields, spec),
+        load_tokenizer=tokenizer,
     )
 
 
