@@ -112,18 +112,23 @@ def _print(document: dict[str, Any]) -> None:
         f"qwen2kit {document['qwen2kit']}, Python {document['python']}, {document['platform']}, "
         f"{document['cpus']} CPUs",
         markup=False,
+        soft_wrap=True,
     )
     versions = ", ".join(f"{name} {version}" for name, version in document["packages"].items())
-    out.print(f"packages: {versions}", markup=False)
+    out.print(f"packages: {versions}", markup=False, soft_wrap=True)
     for name, entry in document["backends"].items():
-        out.print(f"backend {name}: {_backend_line(entry)}", markup=False)
+        out.print(f"backend {name}: {_backend_line(entry)}", markup=False, soft_wrap=True)
     for name, entry in document["optional"].items():
         if entry["version"]:
-            out.print(f"{name} {entry['version']}", markup=False)
+            out.print(f"{name} {entry['version']}", markup=False, soft_wrap=True)
         else:
-            out.print(f"{name} is missing ({entry['for']}): {entry['install']}", markup=False)
+            out.print(
+                f"{name} is missing ({entry['for']}): {entry['install']}",
+                markup=False,
+                soft_wrap=True,
+            )
     if not any(entry["usable"] for entry in document["backends"].values()):
-        out.print("no backend is usable: pip install 'qwen2kit[all]'", markup=False)
+        out.print("no backend is usable: pip install 'qwen2kit[all]'", markup=False, soft_wrap=True)
 
 
 def _backend_line(entry: dict[str, Any]) -> str:
