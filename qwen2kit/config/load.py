@@ -41,9 +41,7 @@ def find_recipe(recipe: str) -> Path:
     name = recipe.removesuffix(".toml")
     if name in shipped():
         return Path(str(files("qwen2kit.recipes") / f"{name}.toml"))
-    raise ConfigError(
-        f"no recipe {recipe!r}: give a TOML file or one of {', '.join(shipped())}"
-    )
+    raise ConfigError(f"no recipe {recipe!r}: give a TOML file or one of {', '.join(shipped())}")
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -100,11 +98,12 @@ def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
     """Lay ``other`` over ``tree``; a table whose ``kind`` changes is replaced as a whole."""
     for key, value in other.items():
         old = tree.get(key)
-        same = isinstance(old, dict) and isinstance(value, dict)
-        if same and value.get("kind", old.get("kind")) == old.get("kind"):
-            _merge(old, value)
-        else:
+        if not isinstance(old, dict) or not isinstance(value, dict):
             _set(tree, key, value)
+        elif value.get("kind", old.get("kind")) != old.get("kind"):
+            tree[key] = value
+        else:
+            _merge(old, value)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

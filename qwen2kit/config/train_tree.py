@@ -97,7 +97,10 @@ class AdamWConfig:
         check(
             (all(0 <= b < 1 for b in self.betas), f"betas must be in [0, 1), got {self.betas}"),
             (0 < self.eps < 1, f"eps must be in (0, 1), got {self.eps}"),
-            (0 <= self.weight_decay < 1, f"weight_decay must be in [0, 1), got {self.weight_decay}"),
+            (
+                0 <= self.weight_decay < 1,
+                f"weight_decay must be in [0, 1), got {self.weight_decay}",
+            ),
             (
                 isfinite(self.max_grad_norm) and self.max_grad_norm >= 0,
                 f"max_grad_norm must not be negative, got {self.max_grad_norm}",

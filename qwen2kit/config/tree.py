@@ -135,7 +135,7 @@ class LoggingConfig:
         plot: write ``loss.png`` when matplotlib is installed.
     """
 
-    every: int = 10
+    every: int = 1
     plot: bool = True
 
     def __post_init__(self) -> None:

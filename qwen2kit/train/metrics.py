@@ -1,0 +1,83 @@
+"""Where the numbers of a run go: ``metrics.jsonl`` always, a screen if there is one.
+
+A record is a flat JSON object with ``event`` (``step`` or ``eval``) and ``step``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol
+
+from qwen2kit.errors import TrainingError
+from qwen2kit.weights.safetensors_write import write_text_atomically
+
+Record = dict[str, Any]
+
+
+class Sink(Protocol):
+    """Takes records as they happen."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+        ...
+
+
+class JsonlSink:
+    """Appends records to a file, line by line.
+
+    Args:
+        path: created by the first record.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep_upto(self, step: int) -> None:
+        """Drop records beyond ``step``: what came after a checkpoint will happen again."""
+        kept = [r for r in read_records(self.path) if r["step"] <= step]
+        write_text_atomically(self.path, "".join(_line(record) for record in kept))
+
+    def write(self, record: Record) -> None:
+        """Append one line; NaN and infinity become null."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(record))
+
+
+class Sinks:
+    """Several sinks as one."""
+
+    def __init__(self, sinks: Iterable[Sink]) -> None:
+        self._sinks = tuple(sinks)
+
+    def write(self, record: Record) -> None:
+        """Hand ``record`` to every sink."""
+        for sink in self._sinks:
+            sink.write(record)
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The records of a ``metrics.jsonl``, none if it is absent.
+
+    A last line cut off by a crash is left out.
+
+    Raises:
+        TrainingError: another line is damaged.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            if number == len(lines):
+                return
+            raise TrainingError(f"{path}, line {number} is not JSON") from None
+
+
+def _line(record: Record) -> str:
+    finite = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, ensure_ascii=False) + "\n"

@@ -1,0 +1,212 @@
+"""From a recipe to the parts of a run: spec, tokenizer, data, compiled model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, TrainPlan
+from qwen2kit.backend.protocol import Backend, TrainableModel
+from qwen2kit.backend.registry import get
+from qwen2kit.config.data_tree import EmbeddedData, FileData
+from qwen2kit.config.tree import ModelConfig, RunConfig
+from qwen2kit.data.corpus import Corpus, hold_out
+from qwen2kit.data.encode import encode_corpus, read_texts
+from qwen2kit.data.loader import Loader, LoaderConfig
+from qwen2kit.errors import BackendError, ConfigError, DataError
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.spec.presets import preset
+from qwen2kit.tokenizer.bpe import Tokenizer
+from qwen2kit.tokenizer.train_bbpe import train_bbpe
+from qwen2kit.weights.checkpoint import Checkpoint, open_checkpoint
+from qwen2kit.weights.locate import locate
+
+TRAIN_TOKENIZER = "train"
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What the weights of a run belong to."""
+
+    spec: ModelSpec
+    tokenizer: Tokenizer
+
+
+def build_origin(config: RunConfig) -> Origin:
+    """Spec and tokenizer of ``config.model``.
+
+    Raises:
+        Qwen2KitError: the preset, checkpoint or tokenizer does not exist or does not fit.
+    """
+    model = config.model
+    checkpoint = initial_checkpoint(model)
+    if checkpoint is not None:
+        origin = Origin(apply_overrides(checkpoint.spec, model), checkpoint.tokenizer())
+    else:
+        assert model.preset is not None
+        spec = apply_overrides(preset(model.preset), model)
+        origin = Origin(spec, _tokenizer(config, spec))
+    check_limits(config, origin.spec, origin.tokenizer)
+    return origin
+
+
+def initial_checkpoint(model: ModelConfig) -> Checkpoint | None:
+    """The weights to start from, or None for fresh ones. Raises WeightError."""
+    return None if model.checkpoint is None else open_checkpoint(locate(model.checkpoint))
+
+
+def apply_overrides(spec: ModelSpec, model: ModelConfig) -> ModelSpec:
+    """``spec`` with the recipe's fields laid over it.
+
+    Raises:
+        ConfigError: the result is impossible.
+    """
+    changes: dict[str, object] = dict(model.overrides())
+    if model.rope_theta is not None:
+        del changes["rope_theta"]
+        changes["rope"] = replace(spec.rope, rope_theta=model.rope_theta)
+    return replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def check_limits(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if the rows or the vocabulary exceed what the model has."""
+    if config.seq_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"seq_len={config.seq_len} exceeds the model's max_position_embeddings="
+            f"{spec.max_position_embeddings}; lower seq_len or raise model.max_position_embeddings"
+        )
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is "
+            f"{spec.vocab_size}; raise model.vocab_size"
+        )
+
+
+def _tokenizer(config: RunConfig, spec: ModelSpec) -> Tokenizer:
+    source = config.model.tokenizer
+    assert source is not None
+    if source == TRAIN_TOKENIZER:
+        return train_bbpe(read_texts(config.data), spec.vocab_size)
+    return open_tokenizer(source)
+
+
+def open_tokenizer(source: str) -> Tokenizer:
+    """The tokenizer of a model; a local directory may hold the tokenizer files alone."""
+    directory = Path(source).expanduser()
+    if directory.is_dir() and not (directory / "model").is_dir():
+        return Tokenizer.from_dir(directory)
+    path = locate(source)
+    return Tokenizer.from_dir(path) if path.is_dir() else open_checkpoint(path).tokenizer()
+
+
+def build_model(config: RunConfig, spec: ModelSpec) -> tuple[Backend, TrainableModel]:
+    """Compile ``spec`` for training on the recipe's backend.
+
+    Raises:
+        BackendError: it is unknown or cannot train this model here.
+    """
+    backend = get(config.backend)
+    if not backend.capabilities().trains:
+        raise BackendError(f"backend {backend.name!r} cannot train; use backend=torch")
+    model = backend.compile(spec, execution_plan(config))
+    if not isinstance(model, TrainableModel):
+        raise BackendError(f"backend {backend.name!r} did not return a trainable model")
+    return backend, model
+
+
+def execution_plan(config: RunConfig) -> ExecutionPlan:
+    """What the backend is told of the recipe."""
+    train, optimizer = config.train, config.train.optimizer
+    return ExecutionPlan(
+        device=config.device,
+        dtype=config.dtype,
+        max_seq_len=config.seq_len,
+        train=TrainPlan(
+            optimizer=AdamWPlan(
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                max_grad_norm=optimizer.max_grad_norm,
+            ),
+            micro_batch_rows=train.micro_batch_rows,
+            loss_chunk_tokens=train.loss_chunk_tokens,
+            non_finite=train.non_finite,
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Loaders over the training and (if the recipe has any) the held-out examples."""
+
+    train: Loader
+    held_out: Loader | None
+
+
+def build_data(config: RunConfig, tokenizer: Tokenizer, note: Note) -> RunData:
+    """Tokenise the recipe's data; ``note`` is told what was truncated or left out.
+
+    Raises:
+        DataError: as in `encode_corpus`, or holding out leaves nothing to train on.
+    """
+    corpus = _encode(config, config.data, tokenizer, note)
+    held_out: Corpus | None = None
+    if config.eval.data is not None:
+        held_out = _encode(config, config.eval.data, tokenizer, note)
+    elif isinstance(config.data, EmbeddedData):
+        held_out = _encode(config, config.data, tokenizer, note, held_out=True)
+    elif config.eval.fraction > 0:
+        corpus, held_out = hold_out(corpus, config.eval.fraction, config.train.seed)
+        if len(corpus) == 0:
+            raise DataError("eval.fraction leaves no example to train on; lower it")
+    return RunData(
+        _loader(config, corpus, tokenizer),
+        None if held_out is None else _loader(config, held_out, tokenizer),
+    )
+
+
+def total_steps(config: RunConfig, loader: Loader) -> int:
+    """Steps of the run; with ``epochs``, enough that every row is seen that often."""
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    rows = sum(loader.rows_in(epoch) for epoch in range(train.epochs))
+    return -(-rows // train.batch_rows)
+
+
+def _encode(
+    config: RunConfig,
+    data: EmbeddedData | FileData,
+    tokenizer: Tokenizer,
+    note: Note,
+    *,
+    held_out: bool = False,
+) -> Corpus:
+    corpus, report = encode_corpus(
+        data,
+        tokenizer,
+        task=config.task,
+        seq_len=config.seq_len,
+        too_long=config.too_long,
+        held_out=held_out,
+    )
+    for text in report.notes():
+        note(text)
+    return corpus
+
+
+def _loader(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
+    return Loader(
+        corpus,
+        LoaderConfig(
+            seq_len=config.seq_len,
+            batch_rows=config.train.batch_rows,
+            seed=config.train.seed,
+            pad_id=tokenizer.eot_id,
+            packing=config.packing,
+            split=config.task == "pretrain",
+        ),
+    )
