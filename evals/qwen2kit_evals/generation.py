@@ -1,0 +1,111 @@
+"""Text generation as lm-eval asks for it: its keyword arguments in, cut text out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.errors import ConfigError
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.generate.stream import TextStream
+
+_KNOWN = {
+    "until",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "repetition_penalty",
+    "max_gen_toks",
+    "num_beams",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """One way to continue prompts.
+
+    Attributes:
+        sampling: token choice, length limit and stop ids.
+        stop: strings; text ends before the first of them.
+    """
+
+    sampling: Sampling
+    stop: tuple[str, ...]
+
+
+def decoding(
+    loaded: LoadedModel, gen_kwargs: Mapping[str, Any], *, default_max_tokens: int, seed: int
+) -> Decoding:
+    """What a task's ``generation_kwargs`` mean for this model.
+
+    As with lm-eval's ``hf`` model, sampling needs ``do_sample`` or a temperature above 0, and what
+    the task leaves open (``top_p``, ``top_k``, ``repetition_penalty``) comes from the checkpoint's
+    generation_config.json; truncation plays no part in greedy decoding. A stop string that is one
+    of the tokenizer's special tokens is matched as a token, since decoded text leaves those out.
+
+    Raises:
+        ConfigError: a key this package cannot honour, or sampling without a temperature.
+    """
+    values: dict[str, Any] = dict(normalize_gen_kwargs(dict(gen_kwargs), default_max_tokens))
+    unknown = sorted(set(values) - _KNOWN)
+    if unknown:
+        raise ConfigError(
+            f"generation_kwargs {', '.join(unknown)} not supported; use {', '.join(sorted(_KNOWN))}"
+        )
+    if values.get("num_beams", 1) != 1:
+        raise ConfigError("beam search (num_beams > 1) is not supported; remove num_beams")
+    temperature = float(values.get("temperature", 0.0)) if values["do_sample"] else 0.0
+    if values["do_sample"] and temperature == 0:
+        raise ConfigError("do_sample needs a temperature above 0 in generation_kwargs")
+    until = tuple(text for text in values["until"] if text)
+    special = {token: _special_id(loaded, token) for token in until}
+    options: dict[str, object] = {
+        "temperature": temperature,
+        "top_p": values.get("top_p") if values["do_sample"] else 1.0,
+        "top_k": values.get("top_k") if values["do_sample"] else 0,
+        "repetition_penalty": values.get("repetition_penalty"),
+        "max_new_tokens": values["max_gen_toks"],
+        "seed": seed,
+    }
+    defaults = loaded.sampling(**options)
+    stop_ids = [*defaults.stop_token_ids, *(i for i in special.values() if i is not None)]
+    sampling = loaded.sampling(**options, stop_token_ids=tuple(dict.fromkeys(stop_ids)))
+    return Decoding(sampling, tuple(text for text in until if special[text] is None))
+
+
+def continue_prompts(
+    loaded: LoadedModel, prompts: Sequence[Sequence[int]], how: Decoding
+) -> list[str]:
+    """Continue token prompts as one batch; each text ends before its first stop string.
+
+    Generation ends as soon as every prompt has met a stop string, a stop id or the length limit.
+    """
+    streams = [TextStream(loaded.tokenizer, how.stop) for _ in prompts]
+    texts = ["" for _ in prompts]
+    running = set(range(len(prompts)))
+    events = loaded.model.generate(prompts, how.sampling)
+    try:
+        for event in events:
+            row = event.prompt
+            if row not in running:
+                continue
+            texts[row] += streams[row].push(event.token)
+            if event.finish_reason is not None or streams[row].stopped:
+                running.discard(row)
+            if not running:
+                break
+    finally:
+        close = getattr(events, "close", None)
+        if close is not None:
+            close()
+    return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+
+
+def _special_id(loaded: LoadedModel, text: str) -> int | None:
+    token = loaded.tokenizer.token_to_id(text)
+    return token if token is not None and token in loaded.tokenizer.special_ids else None

@@ -1,0 +1,260 @@
+"""Qwen2KitLM: the one lm-eval model, over `CompiledModel.score` and `.generate` of any backend.
+
+Requests are tokenised, split and truncated exactly as lm-eval's ``hf`` model does it, so that
+per-sample results compare; how they are ordered and computed is left to the backend.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from qwen2kit.backend.loading import LoadedModel, load_model
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.errors import ConfigError, DataError
+from qwen2kit.spec.counts import count_params
+from qwen2kit_evals.chat import render
+from qwen2kit_evals.generation import continue_prompts, decoding
+
+DEFAULT_BATCH_SIZE = 8
+DEFAULT_MAX_GEN_TOKS = 256
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("qwen2kit")
+class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
+    """lm-eval's view of a loaded model.
+
+    Args:
+        pretrained: a `LoadedModel`, or what `load_model` takes (directory, GGUF, run, hub id).
+        backend, device, dtype: as for `load_model`; unused when ``pretrained`` is loaded already.
+        batch_size: prompts generated together (scoring is batched by the backend). ``auto`` is 8.
+        max_length: context limit in tokens; default the model's ``max_position_embeddings``.
+        max_gen_toks: generated tokens where a task names no limit.
+        prefix_token_id: what an empty context becomes; default ``<|endoftext|>``.
+        seed: of sampling tasks.
+
+    Raises:
+        Qwen2KitError: the model cannot be loaded, or an argument is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | LoadedModel,
+        *,
+        backend: str = "auto",
+        device: str = "auto",
+        dtype: str = "auto",
+        batch_size: int | str = DEFAULT_BATCH_SIZE,
+        max_batch_size: int | None = None,
+        max_length: int | None = None,
+        max_gen_toks: int = DEFAULT_MAX_GEN_TOKS,
+        prefix_token_id: int | None = None,
+        seed: int = 1234,
+        **unknown: object,
+    ) -> None:
+        super().__init__()
+        if unknown:
+            raise ConfigError(f"unknown model_args: {', '.join(sorted(unknown))}")
+        self.batch_size = _batch_size(batch_size, max_batch_size)
+        if not isinstance(pretrained, LoadedModel):
+            plan = ExecutionPlan(device=device, dtype=dtype)
+            pretrained = load_model(pretrained, backend=backend, plan=plan)
+        self.loaded = pretrained
+        self.tokenizer = pretrained.tokenizer
+        limit = pretrained.model.spec.max_position_embeddings
+        self.max_length = limit if max_length is None else min(int(max_length), limit)
+        self.max_gen_toks = int(max_gen_toks)
+        self.seed = int(seed)
+        self.truncated = 0
+        self._prefix_token_id = prefix_token_id
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> Qwen2KitLM:
+        """Build from lm-eval's ``--model_args``, which win over its ``--batch_size`` and such."""
+        extra = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        return cls(**(extra | arg_dict))
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> Qwen2KitLM:
+        """Like `create_from_arg_obj`, from ``key=value,key=value``."""
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def eot_token_id(self) -> int:
+        """Id of ``<|endoftext|>``."""
+        return self.tokenizer.eot_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token an empty context consists of."""
+        return self.eot_token_id if self._prefix_token_id is None else self._prefix_token_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: object
+    ) -> list[int]:
+        """Token ids; special tokens written out in ``string`` count as such.
+
+        ``add_special_tokens`` changes nothing: Qwen2 tokenizers add none.
+        """
+        return self.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: object
+    ) -> list[tuple[float, bool]]:
+        wanted = [self._score_request(request) for request in requests]
+        answers: list[tuple[float, bool] | None] = [None] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
+            for index, score in self.loaded.model.score(wanted):
+                answer = (score.logprob, score.is_greedy)
+                answers[index] = answer
+                if (texts := requests[index][0]) is not None:
+                    self.cache_hook.add_partial("loglikelihood", texts, answer)
+                bar.update()
+        if None in answers:
+            raise RuntimeError(f"backend left {answers.count(None)} requests without a score")
+        return cast(list[tuple[float, bool]], answers)
+
+    def _score_request(self, request: TokenRequest) -> ScoreRequest:
+        """Cut from the left so that all but the last token fit the context limit."""
+        texts, context, continuation = request
+        if not continuation:
+            raise DataError(f"continuation {texts and texts[1]!r} adds no token to its context")
+        if len(continuation) > self.max_length:
+            raise DataError(
+                f"a continuation of {len(continuation)} tokens exceeds the context limit of "
+                f"{self.max_length}"
+            )
+        excess = max(0, len(context) + len(continuation) - (self.max_length + 1))
+        self.truncated += bool(excess)
+        return ScoreRequest(tuple(context[excess:]), tuple(continuation))
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-probability in nats of whole texts, each token predicted once, from as much context
+        as fits (windows are lm-eval's own; the first one starts with the prefix token)."""
+        texts = [request.args[0] for request in requests]
+        owners: list[int] = []
+        windows: list[TokenRequest] = []
+        for owner, text in enumerate(texts):
+            for context, continuation in self._windows(text):
+                owners.append(owner)
+                windows.append((None, context, continuation))
+        totals = [0.0] * len(texts)
+        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (logprob, _) in zip(owners, scores, strict=True):
+            totals[owner] += logprob
+        for text, total in zip(texts, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
+        return totals
+
+    def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
+        pairs = get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        return map(make_disjoint_window, pairs)
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations, each cut before its first stop string.
+
+        Requests with equal arguments are generated ``batch_size`` at a time, longest first.
+        """
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            key = json.dumps(request.args[1], sort_keys=True, default=str)
+            groups.setdefault(key, []).append(index)
+        answers = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:
+            for group in groups.values():
+                for index, text in self._generate_group(requests, group):
+                    answers[index] = text
+                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                    bar.update()
+        return answers
+
+    def _generate_group(
+        self, requests: Sequence[Instance], group: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        gen_kwargs = requests[group[0]].args[1]
+        prompts = {index: self.tok_encode(requests[index].args[0]) for index in group}
+        order = sorted(group, key=lambda index: (-len(prompts[index]), requests[index].args[0]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            # A seed of its own for every batch: repeats of one prompt must differ.
+            how = decoding(
+                self.loaded,
+                gen_kwargs,
+                default_max_tokens=self.max_gen_toks,
+                seed=self.seed * 1_000_003 + start,
+            )
+            room = self.max_length - how.sampling.max_new_tokens
+            if room < 1:
+                raise ConfigError(
+                    f"{how.sampling.max_new_tokens} tokens to generate leave no room for a prompt "
+                    f"in a context of {self.max_length}; lower max_gen_toks"
+                )
+            cut = [self._fit_prompt(prompts[index], room) for index in batch]
+            yield from zip(batch, continue_prompts(self.loaded, cut, how), strict=True)
+
+    def _fit_prompt(self, prompt: list[int], room: int) -> list[int]:
+        self.truncated += len(prompt) > room
+        return prompt[-room:] or [self.prefix_token_id]
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The checkpoint's template over ``chat_history``."""
+        return render(self.tokenizer, chat_history, add_generation_prompt=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's source, or None when none was asked for.
+
+        Raises:
+            ConfigError: a template was asked for by name; checkpoints hold one without a name.
+        """
+        if isinstance(chat_template, str):
+            raise ConfigError(f"no chat template named {chat_template!r}; the model has one only")
+        return self.tokenizer.chat_template if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Distinguishes lm-eval's request caches: checkpoint name and a digest of the template."""
+        template = self.tokenizer.chat_template or ""
+        digest = hashlib.sha256(template.encode()).hexdigest()[:12]
+        return f"{self.loaded.checkpoint.path.name}__{digest}"
+
+    def get_model_info(self) -> dict[str, object]:
+        """What lm-eval records about the model."""
+        return {
+            "model_num_parameters": count_params(self.loaded.model.spec).total,
+            "model_dtype": self.loaded.plan.dtype,
+            "model_backend": self.loaded.backend.name,
+            "model_path": str(self.loaded.checkpoint.path),
+        }
+
+
+def _batch_size(value: int | str, limit: int | None) -> int:
+    if value == "auto":
+        return min(DEFAULT_BATCH_SIZE, limit or DEFAULT_BATCH_SIZE)
+    if not str(value).isdigit() or int(value) < 1:
+        raise ConfigError(f"batch_size must be a positive integer or auto, got {value!r}")
+    return int(value)

@@ -1,0 +1,192 @@
+"""Evaluate a loaded model on lm-eval tasks."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.errors import ConfigError, TokenizerError
+from qwen2kit_evals.harness import DEFAULT_BATCH_SIZE, Qwen2KitLM
+from qwen2kit_evals.local_data import local_datasets
+from qwen2kit_evals.provenance import model_provenance
+from qwen2kit_evals.quiet import quiet_lm_eval
+from qwen2kit_evals.results import (
+    EvalResult,
+    check_output,
+    metric_rows,
+    plain,
+    sample_rows,
+    write_results,
+)
+from qwen2kit_evals.tasks import TaskSelection, select_tasks
+
+
+def evaluate(
+    loaded: LoadedModel,
+    tasks: TaskSelection | Sequence[str],
+    *,
+    limit: float | None = None,
+    num_fewshot: int | None = None,
+    datasets: Path | str | None = None,
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    apply_chat_template: bool = False,
+    seed: int | None = None,
+    log_samples: bool = True,
+    output: Path | None = None,
+) -> EvalResult:
+    """Run ``tasks`` and, with ``output``, write results.json and samples_<task>.jsonl there.
+
+    Args:
+        loaded: the model.
+        tasks: names, or what `select_tasks` made of them (``num_fewshot`` and ``datasets`` are
+            then the selection's own and must not be given again).
+        limit: documents per task; below 1 a fraction.
+        num_fewshot: examples in the prompt in place of each task's own number.
+        datasets: directory of data in Hub layout; None is the Hub.
+        batch_size: prompts generated together.
+        apply_chat_template: put prompts (shots as turns) into the model's chat template.
+        seed: of shots and sampling; None takes lm-eval's defaults, for comparable scores.
+        log_samples: keep every prompt and answer.
+        output: a directory that does not exist yet.
+
+    Raises:
+        Qwen2KitError: an unknown task, absent data, a missing package, a bad value.
+    """
+    _check_arguments(loaded, limit, batch_size, apply_chat_template, output)
+    selection = _selection(tasks, num_fewshot, datasets)
+    model = Qwen2KitLM(
+        loaded, batch_size=batch_size, seed=DEFAULT_OTHER_SEED if seed is None else seed
+    )
+    started = time.perf_counter()
+    report = run_tasks(
+        model,
+        selection,
+        limit=limit,
+        apply_chat_template=apply_chat_template,
+        seed=seed,
+        log_samples=log_samples,
+    )
+    settings = {
+        "tasks": list(selection.names),
+        "task_versions": report["versions"],
+        "shots": report["n-shot"],
+        "num_fewshot": selection.num_fewshot,
+        "limit": limit,
+        "batch_size": batch_size,
+        "chat_template": apply_chat_template,
+        "seeds": lm_eval_seeds(seed),
+        "datasets": None if selection.data is None else str(selection.data.root),
+        "max_length": model.max_length,
+        "truncated_requests": model.truncated,
+        "seconds": round(time.perf_counter() - started, 3),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    result = EvalResult(
+        rows=metric_rows(report),
+        provenance=plain({"model": model_provenance(loaded), "evaluation": settings}),
+        notices=(*selection.notices, *_truncation_notice(model)),
+        samples={task: sample_rows(rows) for task, rows in report.get("samples", {}).items()},
+        output=output,
+    )
+    if output is not None:
+        write_results(result, output)
+    return result
+
+
+def run_tasks(
+    model: LM,
+    selection: TaskSelection,
+    *,
+    limit: float | None = None,
+    apply_chat_template: bool = False,
+    seed: int | None = None,
+    log_samples: bool = True,
+) -> dict[str, Any]:
+    """lm-eval's own report of any lm-eval model (ours, or ``hf`` to compare with) on a selection.
+
+    Arguments are those of `evaluate`.
+    """
+    with local_datasets(selection.data), quiet_lm_eval():
+        report: dict[str, Any] = simple_evaluate(
+            model,
+            tasks=list(selection.objects),
+            task_manager=selection.manager,
+            num_fewshot=selection.num_fewshot,
+            limit=limit,
+            log_samples=log_samples,
+            apply_chat_template=apply_chat_template,
+            **lm_eval_seeds(seed),
+        )
+    return report
+
+
+def default_output(model: str, root: Path = Path("eval-results")) -> Path:
+    """``eval-results/<model>-<time>``."""
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name or "model").strip("-.") or "model"
+    return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_numbers(limit: float | None, batch_size: int) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ConfigError: ``limit`` is not above 0 (from 1 on it counts documents, so must be whole),
+            or ``batch_size`` is below 1.
+    """
+    if limit is not None and (not limit > 0 or (limit >= 1 and limit != int(limit))):
+        raise ConfigError(f"limit must be a fraction below 1 or a whole number, got {limit}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+
+
+def _check_arguments(
+    loaded: LoadedModel,
+    limit: float | None,
+    batch_size: int,
+    apply_chat_template: bool,
+    output: Path | None,
+) -> None:
+    check_numbers(limit, batch_size)
+    if apply_chat_template and loaded.tokenizer.chat_template is None:
+        raise TokenizerError("the model has no chat template; leave --chat-template out")
+    if output is not None:
+        check_output(output)
+
+
+def _selection(
+    tasks: TaskSelection | Sequence[str], num_fewshot: int | None, datasets: Path | str | None
+) -> TaskSelection:
+    if not isinstance(tasks, TaskSelection):
+        names = [tasks] if isinstance(tasks, str) else tasks
+        return select_tasks(names, datasets=datasets, num_fewshot=num_fewshot)
+    if num_fewshot is not None or datasets is not None:
+        raise ConfigError("num_fewshot and datasets belong to select_tasks when it was used")
+    return tasks
+
+
+def lm_eval_seeds(seed: int | None) -> dict[str, int]:
+    """lm-eval's four seeds: all ``seed``, or its own defaults for None."""
+    other = DEFAULT_OTHER_SEED if seed is None else seed
+    return {
+        "random_seed": DEFAULT_RANDOM_SEED if seed is None else seed,
+        "numpy_random_seed": other,
+        "torch_random_seed": other,
+        "fewshot_random_seed": other,
+    }
+
+
+def _truncation_notice(model: Qwen2KitLM) -> tuple[str, ...]:
+    if not model.truncated:
+        return ()
+    return (
+        f"{model.truncated} prompts were longer than the context of {model.max_length} tokens "
+        "and lost their beginning",
+    )
