@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 
 import typer
 
@@ -21,7 +22,6 @@ from qwen2kit.errors import Qwen2KitError
 app = typer.Typer(
     name="qwen2kit",
     help="Train, convert, chat with and evaluate Qwen2-family models on PyTorch and MLX.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -43,18 +43,38 @@ for _name, _command in (
 def main() -> None:
     """Run the CLI; every user-caused failure becomes one line and a non-zero exit."""
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="qwen2kit", standalone_mode=False)
     except Qwen2KitError as error:
         fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", 130)
     except MemoryError:
         fail("out of memory; use a smaller model, batch or context, or a quantised model", 12)
     except BrokenPipeError:
         os._exit(141)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
-            fail(f"no space left on device while writing {error.filename or 'output'}", 11)
-        if error.filename is None:
+        _explain(error)
+        raise
+    except Exception as error:
+        explain = getattr(error, "format_message", None)  # typer's usage errors, whose base
+        if explain is None:  # class differs between versions of typer
             raise
+        fail(f"{explain()} (see qwen2kit --help)", 2)
+    else:
+        _leave(code)
+
+
+def _explain(error: OSError) -> None:
+    """One line for a failing disk or file; returns if the error names no file."""
+    if error.errno == errno.ENOSPC:
+        fail(f"no space left on device while writing {error.filename or 'output'}", 11)
+    if error.filename is not None:
         fail(f"{error.strerror}: {error.filename}", 10)
+
+
+def _leave(code: object) -> None:
+    """Exit with a command's code; typer turns Ctrl-C into 130 and returns it."""
+    if code == 130:
+        fail("interrupted", 130)
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
