@@ -103,6 +103,8 @@ def check_messages(messages: Sequence[Message]) -> None:
     if not messages:
         raise TokenizerError("a conversation needs at least one message")
     for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise TokenizerError(f"message {index} is not an object with role and content")
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not role:
             raise TokenizerError(f"message {index} has no role")

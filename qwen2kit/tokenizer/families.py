@@ -46,7 +46,7 @@ _QWEN25 = r"""
     {{- '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>' }}
 {%- endif %}
 {{- '<|im_end|>\n' }}
-{%- for message in messages[1:] if has_system else messages %}
+{%- for message in (messages[1:] if has_system else messages) %}
     {%- if message.role == 'tool' %}
         {%- if loop.first or loop.previtem.role != 'tool' %}
             {{- '<|im_start|>user' }}

@@ -45,11 +45,7 @@ def parts_from_dir(path: Path) -> TokenizerParts:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises TokenizerError that names the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise TokenizerError(
-            f"{path}: not UTF-8 text; the file is damaged, fetch it again"
-        ) from None
+        value = json.loads(_read_text(path))
     except json.JSONDecodeError as error:
         raise TokenizerError(
             f"{path}: not valid JSON (line {error.lineno}: {error.msg}); fetch it again"
@@ -57,6 +53,15 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TokenizerError(f"{path}: expected a JSON object")
     return value
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise TokenizerError(
+            f"{path}: not UTF-8 text; the file is damaged, fetch it again"
+        ) from None
 
 
 def _document(
@@ -79,8 +84,6 @@ def _document(
     added = _added_tokens(config, config_path)
     if added is None:
         added = [AddedToken(len(vocab) + i, name) for i, name in enumerate(CONTROL_TOKENS)]
-    known = {token.content for token in added}
-    vocab = {token: index for token, index in vocab.items() if token not in known}
     return qwen2_document(vocab, merges, added), origin
 
 
@@ -95,12 +98,7 @@ def _tokenizer_json(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_merges(path: Path) -> list[tuple[str, str]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError:
-        raise TokenizerError(
-            f"{path}: not UTF-8 text; the file is damaged, fetch it again"
-        ) from None
+    lines = _read_text(path).split("\n")
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or (number == 1 and line.startswith("#version")):
@@ -139,7 +137,7 @@ def _token_name(config: Mapping[str, Any], key: str, path: Path) -> str | None:
 def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
     jinja, packed = path / "chat_template.jinja", path / "chat_template.json"
     if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
+        return _read_text(jinja)
     if packed.is_file():
         return _one_template(read_json_object(packed).get("chat_template"), packed)
     return _one_template(config.get("chat_template"), path / "tokenizer_config.json")

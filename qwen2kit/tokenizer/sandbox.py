@@ -140,6 +140,9 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         tree = super()._parse(source, name, filename)
         return _Metered().visit(tree)  # type: ignore[no-any-return]
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Format strings get no special treatment here: `is_safe_attribute` hides them."""
+
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if isinstance(obj, str) and attr in _HIDDEN_STR_METHODS:
             return False

@@ -14,11 +14,17 @@ if TYPE_CHECKING:
 
 
 def write_tokenizer(directory: Path, encoder: tokenizers.Tokenizer, parts: TokenizerParts) -> None:
-    """Write both files into ``directory`` (created if absent), each one atomically."""
+    """Write both files into ``directory`` (created if absent), each one atomically.
+
+    Separate template files left there by an earlier save are removed: they would take precedence
+    over the template in tokenizer_config.json.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "tokenizer.json", encoder.to_str(pretty=True))
     config = json.dumps(_config(encoder, parts), indent=2, ensure_ascii=False)
     _write(directory / "tokenizer_config.json", config + "\n")
+    for stale in ("chat_template.jinja", "chat_template.json"):
+        (directory / stale).unlink(missing_ok=True)
 
 
 def _config(encoder: tokenizers.Tokenizer, parts: TokenizerParts) -> dict[str, Any]:
