@@ -7,6 +7,7 @@ dequantised. Qwen2 needs no row permutation (its rotary layout is the half-split
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _DENSE: dict[str, DType] = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SAMPLE_ROWS = 256
+_CHUNK_ELEMENTS = 1 << 22
 
 # Relative error that rounding to a block type may cause, by bits; two copies of one matrix in
 # different types differ by no more than the sum. Unrelated matrices differ by about 1.4.
@@ -177,8 +179,6 @@ def _tied_to(file: GgufFile) -> str | None:
 
 
 def _noise(tensor: GgufTensor) -> float:
-    from math import prod
-
     bits = tensor.nbytes * 8 / prod(tensor.shape)
     return _NOISE[max((b for b in _NOISE if b <= bits), default=2)]
 
@@ -200,14 +200,18 @@ def _dequantize(path: Path, tensor: GgufTensor, data: memoryview) -> NDArray[np.
     import numpy as np
     from gguf.quants import dequantize
 
-    blocks = np.frombuffer(data, dtype=np.uint8)
     width = tensor.shape[-1]
-    row_bytes = tensor.nbytes // (np.prod(tensor.shape[:-1], dtype=np.int64) or 1)
-    try:
-        values = dequantize(blocks.reshape(-1, row_bytes), tensor.type)
-    except NotImplementedError as error:
-        raise WeightError(
-            f"{path}: block type {tensor.type.name} cannot be dequantised; use another "
-            "quantisation of the model"
-        ) from error
-    return np.asarray(values, dtype=np.float32).reshape(-1, width)
+    row_bytes = tensor.nbytes * width // prod(tensor.shape)
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(-1, row_bytes)
+    values = np.empty((len(blocks), width), dtype=np.float32)
+    step = max(1, _CHUNK_ELEMENTS // width)
+    for start in range(0, len(blocks), step):
+        part = slice(start, start + step)
+        try:
+            values[part] = dequantize(blocks[part], tensor.type)
+        except NotImplementedError as error:
+            raise WeightError(
+                f"{path}: block type {tensor.type.name} cannot be dequantised; use another "
+                "quantisation of the model"
+            ) from error
+    return values

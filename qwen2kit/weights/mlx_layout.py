@@ -179,6 +179,5 @@ def is_quantized_in_mlx(tensor: StoredTensor, quantization: Quantization) -> boo
 def _slice(tensor: HostTensor, index: int | None) -> HostTensor:
     if index is None:
         return tensor
-    size = tensor.nbytes // tensor.shape[0]
-    data = tensor.data[index * size : (index + 1) * size]
-    return HostTensor(tensor.dtype, tensor.shape[1:], data)
+    part = tensor.slice(index, index + 1)
+    return HostTensor(part.dtype, part.shape[1:], part.data)

@@ -25,6 +25,7 @@ ITEM_SIZE: dict[DType, int] = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
     "int64": 8, "int32": 4, "uint32": 4, "int8": 1, "uint8": 1,
 }  # fmt: skip
+_CAST_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,34 @@ class HostTensor:
 
         raw = self.raw()
         if self.dtype == "bfloat16":
-            return (raw.astype(np.uint32) << 16).view(np.float32)
+            wide = raw.astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
         return np.asarray(raw, dtype=np.float32)
 
     def astype(self, dtype: DType) -> HostTensor:
-        """The same values rounded to nearest-even in ``dtype`` (float dtypes only)."""
+        """The same values rounded to nearest-even in ``dtype`` (float dtypes only).
+
+        Works in slices, so that the extra memory is little more than the result.
+        """
         if dtype == self.dtype:
             return self
-        return from_float32(self.float32(), dtype)
+        import numpy as np
+
+        flat = HostTensor(self.dtype, (prod(self.shape),), self.data)
+        out = np.empty(flat.shape[0] * ITEM_SIZE[dtype], dtype=np.uint8)
+        for start in range(0, flat.shape[0], _CAST_ELEMENTS):
+            part = from_float32(flat.slice(start, start + _CAST_ELEMENTS).float32(), dtype)
+            begin = start * ITEM_SIZE[dtype]
+            out[begin : begin + part.nbytes] = np.frombuffer(part.data, dtype=np.uint8)
+        return HostTensor(dtype, self.shape, out.data)
+
+    def slice(self, begin: int, end: int) -> HostTensor:
+        """Rows ``begin:end`` of the first dimension, without copying."""
+        end = min(end, self.shape[0])
+        row = self.nbytes // self.shape[0] if self.shape[0] else 0
+        data = self.data[begin * row : end * row]
+        return HostTensor(self.dtype, (end - begin, *self.shape[1:]), data)
 
 
 def from_numpy(array: NDArray[np.generic]) -> HostTensor:
