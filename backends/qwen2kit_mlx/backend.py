@@ -1,0 +1,105 @@
+"""MLXBackend: what the entry point ``qwen2kit.backends: mlx`` loads."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import version
+
+import mlx.core as mx
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
+from qwen2kit.errors import BackendError
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit_mlx.compiled import MLXModel
+from qwen2kit_mlx.host_kernels import HostKernels
+from qwen2kit_mlx.kernels import Kernels, NativeKernels
+from qwen2kit_mlx.weights import BITS, DTYPES
+
+
+class MLXBackend:
+    """Inference by MLX on Apple GPUs, CUDA GPUs and CPUs."""
+
+    name = "mlx"
+    protocol_version = PROTOCOL_VERSION
+
+    def capabilities(self) -> Capabilities:
+        """See `Backend.capabilities`."""
+        return Capabilities(dtypes=tuple(DTYPES), quantized_bits=BITS, sliding_window=True)
+
+    def devices(self) -> tuple[Device, ...]:
+        """Usable devices, MLX's default first."""
+        default = mx.default_device().type
+        kinds = sorted(
+            (kind for kind in (mx.gpu, mx.cpu) if mx.is_available(mx.Device(kind))),
+            key=lambda kind: kind != default,
+        )
+        return tuple(_describe(kind) for kind in kinds)
+
+    def versions(self) -> dict[str, str]:
+        """See `Backend.versions`."""
+        return {"mlx": version("mlx")}
+
+    def compile(self, spec: ModelSpec, plan: ExecutionPlan) -> MLXModel:
+        """Build the model without weights.
+
+        Raises:
+            BackendError: the plan trains, the device does not exist, the spec is a mixture of
+                experts, or ``max_seq_len`` is more than the model can take here.
+        """
+        if plan.train is not None:
+            raise BackendError(
+                "the mlx backend runs inference only; training runs on torch (--backend torch)"
+            )
+        if spec.moe is not None:
+            raise BackendError(
+                f"the mlx backend does not run mixture-of-experts models ({spec.model_type})"
+            )
+        device = self._device(plan.device)
+        on_cpu = device.type == mx.cpu
+        name = plan.dtype if plan.dtype != "auto" else "float32" if on_cpu else "bfloat16"
+        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu, name), _limit(spec, plan))
+
+    def _device(self, name: str) -> mx.Device:
+        usable = [device.name for device in self.devices()]
+        if name == "auto":
+            name = usable[0]
+        if name not in usable:
+            raise BackendError(
+                f"the mlx backend has no device {name!r} on this machine; "
+                f"it has: {', '.join(usable)}"
+            )
+        return mx.Device(mx.gpu if name == "gpu" else mx.cpu)
+
+
+def _describe(kind: mx.DeviceType) -> Device:
+    info = mx.device_info(mx.Device(kind))
+    memory = info.get("memory_size", info.get("total_memory"))
+    name = "gpu" if kind == mx.gpu else "cpu"
+    return Device(
+        name=name,
+        kind=str(info.get("device_name", name)),
+        memory_bytes=memory if isinstance(memory, int) else None,
+    )
+
+
+def _kernels(on_cpu: bool, dtype: str) -> Kernels:
+    if on_cpu and dtype == "float32" and sys.platform != "darwin":
+        return HostKernels()
+    return NativeKernels(fuse=not on_cpu)
+
+
+def _limit(spec: ModelSpec, plan: ExecutionPlan) -> int:
+    """Positions a sequence may fill. Within ``chunk_size + 1`` tokens dual chunk attention is
+    ordinary attention (arXiv 2402.17463); longer sequences would need the real thing."""
+    limit, reason = spec.max_position_embeddings, "max_position_embeddings"
+    if spec.dual_chunk is not None and spec.dual_chunk.chunk_size + 1 < limit:
+        limit = spec.dual_chunk.chunk_size + 1
+        reason = "chunk_size + 1; the mlx backend has no dual chunk attention"
+    if plan.max_seq_len is None:
+        return limit
+    if plan.max_seq_len > limit:
+        raise BackendError(
+            f"max_seq_len={plan.max_seq_len} is more than this model takes: {limit} ({reason})"
+        )
+    return plan.max_seq_len

@@ -1,0 +1,130 @@
+"""MLXModel: a spec made runnable by MLX on one device (`CompiledModel`)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
+from qwen2kit.errors import BackendError
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.tensor import HostTensor
+from qwen2kit_mlx.generate import generate
+from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.model import Decoder
+from qwen2kit_mlx.score import LOGIT_ROWS, score
+from qwen2kit_mlx.weights import WeightLoader
+
+
+class MLXModel:
+    """See `qwen2kit.backend.protocol.CompiledModel`.
+
+    Args:
+        spec: a dense spec.
+        device: where everything is stored and computed.
+        dtype: compute dtype.
+        kernels: who computes products and attention.
+        limit: positions a sequence may fill.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, device: mx.Device, dtype: mx.Dtype, kernels: Kernels, limit: int
+    ) -> None:
+        self.spec = spec
+        self._device, self._dtype, self._kernels, self._limit = device, dtype, kernels, limit
+        self._loader: WeightLoader | None = None
+        self._decoder: Decoder | None = None
+
+    def load(self, weights: WeightSource) -> LoadReport:
+        """See `CompiledModel.load`; MLX-quantised tensors stay packed."""
+        started = time.perf_counter()
+        loader = WeightLoader(self.spec, self._kernels, self._dtype)
+        with mx.stream(self._device):
+            params = loader.load(weights)
+            self._decoder = Decoder(self.spec, params, self._kernels, self._dtype)
+            mx.clear_cache()
+        self._loader = loader
+        return LoadReport(
+            tensors=loader.tensors, bytes=loader.bytes, seconds=time.perf_counter() - started
+        )
+
+    def export(self) -> Iterator[tuple[str, HostTensor]]:
+        """See `CompiledModel.export`; values are in the compute dtype."""
+        if self._loader is None:
+            raise BackendError("the model has no weights yet; call load first")
+        return self._loader.export(self._device)
+
+    def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """See `CompiledModel.logits`."""
+        decoder = self._ready()
+        self._check_tokens(tokens, "sequence")
+        out_TV = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
+        with mx.stream(self._device):
+            x_TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None)[0]
+            for start in range(0, len(tokens), LOGIT_ROWS):
+                rows = slice(start, start + LOGIT_ROWS)
+                out_TV[rows] = np.asarray(decoder.logits(x_TD[rows]).astype(mx.float32))
+        return out_TV
+
+    def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """See `CompiledModel.hidden_states`."""
+        decoder = self._ready()
+        self._check_tokens(tokens, "sequence")
+        trace: list[mx.array] = []
+        with mx.stream(self._device):
+            x_1TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None, trace)
+            states = mx.concatenate([*trace, decoder.final_norm(x_1TD)])
+            return np.array(states.astype(mx.float32))
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """See `CompiledModel.score`."""
+        decoder = self._ready()
+        for index, request in enumerate(requests):
+            if not request.context or not request.continuation:
+                raise BackendError(
+                    f"score request {index} needs at least one context and one continuation token"
+                )
+            self._check_tokens(
+                (*request.context, *request.continuation), f"score request {index}", scored=1
+            )
+        return score(decoder, requests, self._device)
+
+    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
+        """See `CompiledModel.generate`; a row also ends, by length, at the model's last position.
+
+        Raises:
+            BackendError: a prompt is empty, too long, or holds an id outside the vocabulary.
+        """
+        decoder = self._ready()
+        for index, prompt in enumerate(prompts):
+            self._check_tokens(prompt, f"prompt {index}")
+        if not prompts:
+            return iter(())
+        return generate(decoder, prompts, sampling, self._limit, self._device)
+
+    def _ready(self) -> Decoder:
+        if self._decoder is None:
+            raise BackendError("the model has no weights yet; call load first")
+        return self._decoder
+
+    def _check_tokens(self, tokens: TokenIds, what: str, *, scored: int = 0) -> None:
+        """``scored`` trailing tokens are looked up but not fed, so they need no position."""
+        if not tokens:
+            raise BackendError(f"{what} is empty; give it at least one token")
+        if len(tokens) - scored > self._limit:
+            raise BackendError(
+                f"{what} has {len(tokens) - scored} tokens, this model takes {self._limit}; "
+                "shorten it"
+            )
+        lowest, highest = min(tokens), max(tokens)
+        if lowest < 0 or highest >= self.spec.vocab_size:
+            raise BackendError(
+                f"{what} holds token id {lowest if lowest < 0 else highest}, outside the "
+                f"vocabulary of {self.spec.vocab_size}; the tokenizer does not fit the model"
+            )

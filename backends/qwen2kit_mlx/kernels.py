@@ -1,0 +1,101 @@
+"""The two expensive products of a decoder, and which code computes them.
+
+`Kernels` is the seam; `NativeKernels` uses MLX alone and is what runs on GPUs. The model, cache
+and generation code do not know which one they were given.
+
+Shape suffixes: B batch, T query positions, S cached positions, H query heads, K key/value heads,
+C head size.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import mlx.core as mx
+
+Mask = mx.array | Literal["causal"] | None
+
+
+class Kernels(Protocol):
+    """Matrix products and attention of one device and dtype.
+
+    Attributes:
+        lazy: whether results are computed in the background, so that building the next step
+            while the current token is handed out gains time.
+    """
+
+    lazy: bool
+
+    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+        """``x @ weight.T + bias``; ``x`` is ``[..., in]``, ``weight`` ``[out, in]``."""
+        ...
+
+    def affine_linear(
+        self,
+        x: mx.array,
+        weight: tuple[mx.array, mx.array, mx.array],
+        bits: int,
+        group_size: int,
+    ) -> mx.array:
+        """``x @ w.T`` with ``w`` packed as (values, scales, biases) in MLX affine quantisation."""
+        ...
+
+    def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
+        """``silu(gate) * up``, elementwise."""
+        ...
+
+    def attention(
+        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
+    ) -> mx.array:
+        """Softmax attention ``[B, H, T, C]``; query head ``h`` reads kv head ``h * K // H``.
+
+        Args:
+            mask: ``"causal"`` (queries are the last T of S positions), a boolean array that
+                broadcasts to ``[B, 1, T, S]`` (true = visible), or None (all visible).
+        """
+        ...
+
+
+class NativeKernels:
+    """Everything by MLX.
+
+    Args:
+        fuse: compile elementwise chains into one kernel; worth it on GPUs only (on CPUs MLX calls
+            the system's C++ compiler for it).
+    """
+
+    lazy = True
+
+    def __init__(self, *, fuse: bool) -> None:
+        self._swiglu = mx.compile(_swiglu, shapeless=True) if fuse else _swiglu
+
+    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+        """See `Kernels.linear`."""
+        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+
+    def affine_linear(
+        self,
+        x: mx.array,
+        weight: tuple[mx.array, mx.array, mx.array],
+        bits: int,
+        group_size: int,
+    ) -> mx.array:
+        """See `Kernels.affine_linear`."""
+        packed, scales, biases = weight
+        return mx.quantized_matmul(
+            x, packed, scales, biases, transpose=True, group_size=group_size, bits=bits
+        )
+
+    def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
+        """See `Kernels.swiglu`."""
+        return self._swiglu(gate, up)
+
+    def attention(
+        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
+    ) -> mx.array:
+        """See `Kernels.attention`."""
+        return mx.fast.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, scale=scale, mask=mask)
+
+
+def _swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up

@@ -1,0 +1,110 @@
+"""Weight matrices as the model uses them: dense or packed, single or fused along the output rows.
+
+Matrices that read the same input (q, k, v; gate, up) are stacked at load time, which saves
+launches; `dense_rows` undoes it for the export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from qwen2kit_mlx.kernels import Kernels
+
+
+class Matrix(Protocol):
+    """A ``[out, in]`` weight with an optional bias ``[out]``."""
+
+    bias: mx.array | None
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """``x [..., in] -> [..., out]``."""
+        ...
+
+    def dense_rows(self, start: int, stop: int) -> mx.array:
+        """Rows ``start:stop`` of the weight, dequantised."""
+        ...
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        """All stored arrays."""
+        ...
+
+
+class Dense:
+    """A matrix stored in the compute dtype."""
+
+    def __init__(self, kernels: Kernels, weight: mx.array, bias: mx.array | None = None) -> None:
+        self.kernels, self.weight, self.bias = kernels, weight, bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.kernels.linear(x, self.weight, self.bias)
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Rows of the weight: ``tokens [...] -> [..., in]``."""
+        return self.weight[tokens]
+
+    def dense_rows(self, start: int, stop: int) -> mx.array:
+        return self.weight[start:stop]
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+
+class Affine:
+    """A matrix kept packed in MLX affine quantisation (see `qwen2kit.weights.source`)."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        weight: tuple[mx.array, mx.array, mx.array],
+        bits: int,
+        group_size: int,
+        bias: mx.array | None = None,
+    ) -> None:
+        self.kernels, self.weight, self.bias = kernels, weight, bias
+        self.bits, self.group_size = bits, group_size
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self.kernels.affine_linear(x, self.weight, self.bits, self.group_size)
+        return y if self.bias is None else y + self.bias
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Rows of the weight: ``tokens [...] -> [..., in]``."""
+        return self._dequantize(*(part[tokens] for part in self.weight))
+
+    def dense_rows(self, start: int, stop: int) -> mx.array:
+        return self._dequantize(*(part[start:stop] for part in self.weight))
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self.weight if self.bias is None else (*self.weight, self.bias)
+
+    def _dequantize(self, packed: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+        return mx.dequantize(packed, scales, biases, self.group_size, self.bits)
+
+
+Single = Dense | Affine
+
+
+class Stacked:
+    """Matrices that share an input but not a format, applied one after the other."""
+
+    bias: mx.array | None = None
+
+    def __init__(self, parts: Sequence[Single], sizes: Sequence[int]) -> None:
+        self.parts, self.sizes = tuple(parts), tuple(sizes)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.concatenate([part(x) for part in self.parts], axis=-1)
+
+    def dense_rows(self, start: int, stop: int) -> mx.array:
+        offset = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            if start == offset and stop == offset + size:
+                return part.dense_rows(0, size)
+            offset += size
+        raise IndexError(f"rows {start}:{stop} are not one of the stacked matrices")
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return tuple(array for part in self.parts for array in part.arrays())

@@ -1,0 +1,199 @@
+"""Weight source -> `ModelParams`, and back to canonical tensors.
+
+Which matrices are stacked is decided here alone: everything else in the package sees `Matrix`
+objects, everything outside sees the canonical names of the schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from qwen2kit.errors import WeightError
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.spec.schema import EMBED_TOKENS, FINAL_NORM, LM_HEAD, Param, schema
+from qwen2kit.weights.match import check_fits
+from qwen2kit.weights.source import AffineTensor, WeightSource
+from qwen2kit.weights.tensor import HostTensor, from_bits, from_numpy
+from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.linear import Affine, Dense, Matrix, Single, Stacked
+from qwen2kit_mlx.model import LayerParams, ModelParams
+
+BITS = (2, 3, 4, 6, 8)
+GROUP_SIZES = (32, 64, 128)
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+_QKV = ("q_proj", "k_proj", "v_proj")
+_GATE_UP = ("gate_proj", "up_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """Where a canonical tensor lives: rows of a matrix or of a vector."""
+
+    store: Matrix | mx.array
+    start: int
+    stop: int
+
+    def dense(self) -> mx.array:
+        if isinstance(self.store, mx.array):
+            return self.store[self.start : self.stop]
+        return self.store.dense_rows(self.start, self.stop)
+
+
+class WeightLoader:
+    """Reads a source once and remembers where every tensor went.
+
+    Args:
+        spec: the model.
+        kernels: handed to the matrices.
+        dtype: compute dtype; dense tensors are stored in it, packed ones keep their integers.
+
+    Attributes:
+        tensors, bytes: how much was taken from the source.
+    """
+
+    def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: mx.Dtype) -> None:
+        self._spec, self._kernels, self._dtype = spec, kernels, dtype
+        self._homes: dict[str, _Home] = {}
+        self.tensors = self.bytes = 0
+
+    def load(self, weights: WeightSource) -> ModelParams:
+        """Build all parameters, one layer in transit at a time.
+
+        Raises:
+            WeightError: names, shapes or the quantisation of ``weights`` do not fit.
+        """
+        check_fits(self._spec, weights)
+        self.tensors = len(schema(self._spec))
+        by_layer: dict[int, dict[str, dict[str, Param]]] = {}
+        for param in schema(self._spec):
+            if param.layer is not None:
+                *_, module, leaf = param.name.split(".")
+                by_layer.setdefault(param.layer, {}).setdefault(module, {})[leaf] = param
+        embed = self._single(weights, EMBED_TOKENS)
+        head = embed if self._spec.tie_word_embeddings else self._single(weights, LM_HEAD)
+        layers = tuple(self._layer(weights, modules) for modules in by_layer.values())
+        norm = self._vector(weights, FINAL_NORM)
+        mx.eval(norm)
+        return ModelParams(embed=embed, layers=layers, norm=norm, head=head)
+
+    def export(self, device: mx.Device) -> Iterator[tuple[str, HostTensor]]:
+        """Canonical dense tensors in schema order, in the compute dtype."""
+        for param in schema(self._spec):
+            with mx.stream(device):
+                tensor = to_host(self._homes[param.name].dense())
+            yield param.name, tensor
+
+    def _layer(self, weights: WeightSource, modules: dict[str, dict[str, Param]]) -> LayerParams:
+        layer = LayerParams(
+            input_norm=self._vector(weights, modules["input_layernorm"]["weight"].name),
+            qkv=self._stack(weights, [modules[name] for name in _QKV]),
+            o=self._stack(weights, [modules["o_proj"]]),
+            post_norm=self._vector(weights, modules["post_attention_layernorm"]["weight"].name),
+            gate_up=self._stack(weights, [modules[name] for name in _GATE_UP]),
+            down=self._stack(weights, [modules["down_proj"]]),
+        )
+        for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            mx.eval(matrix.arrays())
+        mx.eval(layer.input_norm, layer.post_norm)
+        return layer
+
+    def _single(self, weights: WeightSource, name: str) -> Single:
+        matrix = self._matrix(weights, name, None)
+        mx.eval(matrix.arrays())
+        self._homes[name] = _Home(matrix, 0, weights.info(name).shape[0])
+        return matrix
+
+    def _vector(self, weights: WeightSource, name: str) -> mx.array:
+        vector = self._dense(weights.read(name))
+        self._homes[name] = _Home(vector, 0, vector.shape[0])
+        return vector
+
+    def _stack(self, weights: WeightSource, modules: list[dict[str, Param]]) -> Matrix:
+        parts = [self._part(weights, module) for module in modules]
+        sizes = [module["weight"].shape[0] for module in modules]
+        stacked = _stacked(parts, sizes)
+        start = 0
+        for module, part, size in zip(modules, parts, sizes, strict=True):
+            self._homes[module["weight"].name] = _Home(stacked, start, start + size)
+            if part.bias is not None:
+                bias, first = (part.bias, 0) if stacked.bias is None else (stacked.bias, start)
+                self._homes[module["bias"].name] = _Home(bias, first, first + size)
+            start += size
+        return stacked
+
+    def _part(self, weights: WeightSource, module: dict[str, Param]) -> Single:
+        bias = module.get("bias")
+        return self._matrix(
+            weights, module["weight"].name, self._dense(weights.read(bias.name)) if bias else None
+        )
+
+    def _matrix(self, weights: WeightSource, name: str, bias: mx.array | None) -> Single:
+        affine = weights.affine(name)
+        if affine is None:
+            return Dense(self._kernels, self._dense(weights.read(name)), bias)
+        _check_affine(name, weights.info(name).shape, affine)
+        packed = self._raw(affine.packed)
+        scales, biases = self._dense(affine.scales), self._dense(affine.biases)
+        parts = (packed, scales, biases)
+        return Affine(self._kernels, parts, affine.bits, affine.group_size, bias)
+
+    def _dense(self, tensor: HostTensor) -> mx.array:
+        return self._raw(tensor).astype(self._dtype)
+
+    def _raw(self, tensor: HostTensor) -> mx.array:
+        self.bytes += tensor.nbytes
+        array = mx.array(tensor.raw())
+        return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
+
+
+def to_host(array: mx.array) -> HostTensor:
+    """Copy an MLX float array to host memory, keeping its dtype."""
+    if array.dtype == mx.bfloat16:
+        return from_bits(np.array(array.view(mx.uint16)))
+    return from_numpy(np.array(array))
+
+
+def _stacked(parts: list[Single], sizes: list[int]) -> Matrix:
+    if len(parts) == 1:
+        return parts[0]
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = mx.concatenate(biases) if biases else None
+    first = parts[0]
+    if all(isinstance(part, Dense) for part in parts):
+        dense = [part.weight for part in parts if isinstance(part, Dense)]
+        return Dense(first.kernels, mx.concatenate(dense), bias)
+    affine = [part for part in parts if isinstance(part, Affine)]
+    formats = {(part.bits, part.group_size) for part in affine}
+    if len(affine) == len(parts) and len(formats) == 1:
+        packed, scales, offsets = (
+            mx.concatenate(list(column))
+            for column in zip(*(part.weight for part in affine), strict=True)
+        )
+        (bits, group_size) = formats.pop()
+        return Affine(first.kernels, (packed, scales, offsets), bits, group_size, bias)
+    return Stacked(parts, sizes)
+
+
+def _check_affine(name: str, shape: tuple[int, ...], affine: AffineTensor) -> None:
+    if affine.bits not in BITS or affine.group_size not in GROUP_SIZES:
+        raise WeightError(
+            f"{name} is quantised to {affine.bits} bits in groups of {affine.group_size}; "
+            f"MLX takes {BITS} bits in groups of {GROUP_SIZES}"
+        )
+    out, width = shape
+    groups = (out, width // affine.group_size)
+    fits = (
+        affine.packed.dtype == "uint32"
+        and affine.packed.shape == (out, width * affine.bits // 32)
+        and affine.scales.shape == affine.biases.shape == groups
+        and width % affine.group_size == 0
+    )
+    if not fits:
+        raise WeightError(
+            f"{name} is mislabelled: packed {list(affine.packed.shape)} with scales "
+            f"{list(affine.scales.shape)} is not {affine.bits}-bit {list(shape)}; reconvert it"
+        )
