@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,19 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             any value or key is wrong; one message lists every problem with its dotted path.
     """
     path = find_recipe(str(recipe))
-    tree = _read(path, ())
-    for override in overrides:
-        _apply(tree, override)
-    return parse(tree, source=path.name)
+    return parse(override(_read(path, ()), overrides), source=path.name)
+
+
+def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``tree`` with ``key=value`` overrides applied in order.
+
+    Raises:
+        ConfigError: an override has no ``=`` or goes through something that is not a table.
+    """
+    changed = deepcopy(dict(tree))
+    for text in overrides:
+        _apply(changed, text)
+    return changed
 
 
 def parse(tree: Mapping[str, Any], *, source: str) -> RunConfig:

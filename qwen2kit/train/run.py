@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from qwen2kit.config.freeze import differences, freeze, to_tree
-from qwen2kit.config.load import parse
+from qwen2kit.config.load import load_recipe, override, parse
 from qwen2kit.config.tree import RunConfig
 from qwen2kit.errors import ConfigError, Qwen2KitError, TrainingError
 from qwen2kit.spec.hf import from_hf_config, to_hf_config
@@ -137,6 +138,20 @@ def resume(
     return _Runner(config, run_dir, origin, console).run(resuming=True)
 
 
+def changed_recipe(run_dir: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig | None:
+    """The recipe a resume asks for: a recipe or the run's own, with overrides; None for neither.
+
+    Raises:
+        ConfigError: as in `load_recipe`.
+    """
+    if recipe is not None:
+        return load_recipe(recipe, overrides)
+    if not overrides:
+        return None
+    tree = read_run(run_dir)["provenance"]["config"]
+    return parse(override(tree, overrides), source=f"{run_dir}/{RUN_FILE}")
+
+
 def read_run(run_dir: Path) -> dict[str, Any]:
     """The ``run.json`` of a run directory.
 
@@ -214,7 +229,8 @@ class _Runner:
             session.evaluate(session.progress)
             self._export(session, MODEL_DIR)
         result = self._result(session, finished, stop.requested)
-        self._write(result.status, **result.to_json())
+        values = result.to_json()
+        self._write(values.pop("status"), **values)
         return result
 
     def _result(self, session: Session, finished: bool, signal: str | None) -> RunResult:
@@ -247,7 +263,7 @@ class _Runner:
             "schema_version": SCHEMA_VERSION,
             "status": status,
             "updated": datetime.now(UTC).isoformat(timespec="seconds"),
-            **{key: value for key, value in values.items() if key != "status"},
+            **values,
             "provenance": self.provenance,
         }
         text = json.dumps(document, indent=2, ensure_ascii=False)

@@ -122,7 +122,6 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
     return ExecutionPlan(
         device=config.device,
         dtype=config.dtype,
-        max_seq_len=config.seq_len,
         train=TrainPlan(
             optimizer=AdamWPlan(
                 betas=optimizer.betas,
