@@ -60,7 +60,7 @@ class ChatTemplate:
             TokenizerError: malformed messages, tools the template cannot show, or a template that
                 fails, refuses the conversation or exceeds the limits of the sandbox.
         """
-        from qwen2kit.tokenizer.sandbox import BUDGET, MAX_OUTPUT, Budget
+        from qwen2kit.tokenizer.template_limits import BUDGET, MAX_OUTPUT, Budget
 
         check_messages(messages)
         if tools and "tools" not in self._variables:
@@ -91,7 +91,7 @@ class ChatTemplate:
     @cached_property
     def default_system(self) -> str | None:
         """The system prompt inserted when a conversation has none; None if there is none."""
-        text = self.render([{"role": "user", "content": ""}], add_generation_prompt=False)
+        text = self.render([{"role": "user", "content": "x"}], add_generation_prompt=False)
         opening, closing = "<|im_start|>system\n", "<|im_end|>"
         if not text.startswith(opening):
             return None

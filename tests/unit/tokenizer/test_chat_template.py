@@ -156,18 +156,26 @@ HOSTILE = {
     "percent": "{{ '%1000000000d' % 1 }}",
     "ljust": "{{ 'a'.ljust(10000000000) }}",
     "batch": "{{ [1] | batch(10000000000, 'x') | list | length }}",
+    "nested lists": "{% set n = namespace(v=[1]) %}{% for i in range(60) %}"
+    "{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v }}",
+    "nested lists to json": "{% set n = namespace(v=[1]) %}{% for i in range(60) %}"
+    "{% set n.v = [n.v, n.v] %}{% endfor %}{{ n.v | tojson }}",
+    "negative refund": "{% for i in range(99) %}{% set a = 'x' * -1000000000 %}"
+    "{% set b = 'x' * 100000000 %}{% endfor %}",
+    "slow filter": "{% set v = 'x' * 1000000 %}{% for i in range(90000) %}"
+    "{% set w = v | upper %}{% endfor %}",
     "tojson indent": "{{ messages | tojson(indent=1000000000) }}",
 }
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_hostile_templates_end_in_one_line(name: str) -> None:
-    started = time.monotonic()
+    started = time.thread_time()
     with pytest.raises(TokenizerError) as caught:
         ChatTemplate(HOSTILE[name]).render(HI)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
-    assert time.monotonic() - started < 10
+    assert time.thread_time() - started < 8
 
 
 def test_syntax_error_is_one_line() -> None:
