@@ -67,6 +67,10 @@ class GgufSource:
         """Float dtype of the matrices; bfloat16 stands in for quantised ones."""
         return _DENSE.get(self._tensor(EMBED_TOKENS).type.name, "bfloat16")
 
+    def block_type(self, name: str) -> str:
+        """GGML name of the type a parameter is stored in, e.g. ``Q8_0``."""
+        return str(self._tensor(name).type.name)
+
     def names(self) -> tuple[str, ...]:
         """Canonical names; tensors the spec does not know keep their GGUF name."""
         return self._names

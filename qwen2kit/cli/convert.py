@@ -1,0 +1,183 @@
+"""``qwen2kit convert``: between Hugging Face, MLX and GGUF, with proof on request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwen2kit.cli.output import console, emit_json
+from qwen2kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen2kit.weights.convert import ConversionReport
+    from qwen2kit.weights.verify import VerifyReport
+
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")],
+    out: Annotated[Path, typer.Argument(help="Output directory, or a .gguf file.")],
+    to: Annotated[
+        str | None, typer.Option(help="hf, mlx or gguf; default: gguf for a .gguf name, else hf.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default: the source's.")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="mlx: quantise to 4 or 8 bits (2, 3, 6 too).")
+    ] = (None),
+    group_size: Annotated[int, typer.Option(help="mlx: values that share a scale.")] = 64,
+    gguf_type: Annotated[
+        str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; default: that of the dtype.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare tensors, and logits on every backend.")
+    ] = False,
+    tolerance: Annotated[float, typer.Option(help="--verify: largest |difference| of logits.")] = (
+        1e-3
+    ),
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
+) -> None:
+    """Convert a checkpoint; nothing appears under OUT before it is complete."""
+    from qwen2kit.weights.checkpoint import open_checkpoint
+    from qwen2kit.weights.convert import convert as run
+    from qwen2kit.weights.locate import locate
+
+    target = _target(to, out)
+    limit = parse_size(max_shard_size)
+    if not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"--tolerance must be a number of at least 0, got {tolerance}")
+    source = open_checkpoint(locate(model))
+    with _progress("converting") as step:
+        report = run(
+            source,
+            out,
+            to=target,
+            dtype=dtype,  # type: ignore[arg-type]
+            quantize_bits=bits,
+            group_size=group_size,
+            gguf_type=gguf_type,  # type: ignore[arg-type]
+            max_shard_bytes=limit,
+            force=force,
+            progress=step,
+        )
+    proof = _prove(model, out, tolerance) if verify else None
+    if json_output:
+        emit_json({**report.to_dict(), "verify": None if proof is None else proof.to_dict()})
+    _print(report, proof)
+    if proof is not None:
+        proof.require()
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``500 MiB`` or a plain number. Raises ConfigError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE)
+    unit = match[2].upper() if match else "?"
+    size = float(match[1]) * _UNITS[unit] if match and unit in _UNITS else 0
+    if size < 1:
+        raise ConfigError(f"--max-shard-size must look like 5GB or 500MB, got {text!r}")
+    return int(size)
+
+
+def _target(to: str | None, out: Path) -> Literal["hf", "mlx", "gguf"]:
+    if to is None:
+        return "gguf" if out.suffix.lower() == ".gguf" else "hf"
+    for name in ("hf", "mlx", "gguf"):
+        if to == name:
+            return name
+    raise ConfigError(f"--to must be hf, mlx or gguf, got {to!r}")
+
+
+def _prove(model: str, out: Path, tolerance: float) -> VerifyReport:
+    from qwen2kit.weights.checkpoint import open_checkpoint
+    from qwen2kit.weights.locate import locate
+    from qwen2kit.weights.verify import verify
+
+    with _progress("verifying") as step:
+        return verify(
+            open_checkpoint(locate(model)),
+            open_checkpoint(out),
+            tolerance=tolerance,
+            strict=False,
+            progress=step,
+        )
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[str], None]]:
+    with console().status(label) as status:
+        count = 0
+
+        def step(name: str) -> None:
+            nonlocal count
+            count += 1
+            status.update(f"{label} {count}: {name}")
+
+        yield step
+
+
+def _print(report: ConversionReport, proof: VerifyReport | None) -> None:
+    from rich.table import Table
+
+    rows: list[tuple[str, Any]] = [
+        ("source", f"{report.source} ({report.source_format})"),
+        ("output", f"{report.out} ({report.format})"),
+        (
+            "stored as",
+            f"{report.dtype}" + (f", {report.quantization}" if report.quantization else ""),
+        ),
+        ("parameters", f"{report.tensors} tensors"),
+        ("size", f"{report.bytes / 1e6:.1f} MB"),
+        ("time", f"{report.seconds:.1f} s"),
+    ]
+    table = Table(title="converted", show_header=False)
+    for key, value in rows:
+        table.add_row(key, str(value))
+    console().print(table)
+    if proof is not None:
+        _print_proof(proof)
+
+
+def _print_proof(proof: VerifyReport) -> None:
+    from rich.table import Table
+
+    worst = max(proof.tensors, key=lambda check: check.max_abs)
+    verdicts = ", ".join(f"{count} {name}" for name, count in proof.verdicts.items())
+    out = console()
+    out.print(f"tensors: {verdicts}; largest difference {worst.max_abs:.2e} in {worst.name}")
+    table = Table(title=f"logits in float32, tolerance {proof.tolerance:g}")
+    for heading in ("first", "second", "max |Δ|", "median |Δ|", "KL (nats)", "top-1", ""):
+        table.add_column(heading)
+    for check in proof.logits:
+        delta = check.delta
+        verdict = "ok" if check.passed else "FAIL"
+        table.add_row(
+            check.first, check.second, f"{delta.max_abs:.2e}", f"{delta.median_abs:.2e}",
+            f"{delta.kl:.2e}", f"{delta.top1_agreement:.1%}",
+            verdict if check.binding else "loss of the conversion",
+        )  # fmt: skip
+    out.print(table)
+    for check in proof.logits:
+        if check.layers is not None:
+            out.print(f"{check.first} / {check.second}: first difference: {check.layers.where}")
+            errors = ", ".join(f"{value:.1e}" for value in check.layers.relative)
+            out.print(f"  relative error per state (embedding, layers, norm): {errors}")
+    for name, reason in proof.not_applicable.items():
+        out.print(f"not run on {name}: {reason}", markup=False)
