@@ -1,0 +1,77 @@
+"""The embedded held-out questions as two lm-eval tasks: data file and task files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwen2kit.errors import DataError
+
+if TYPE_CHECKING:
+    from qwen2kit.data.embedded import Question
+
+TASKS = ("qwen2kit_embedded_generate", "qwen2kit_embedded_choice")
+METRICS = {TASKS[0]: "exact_match", TASKS[1]: "acc"}
+_CHOICES = 4
+
+
+def write_tasks(directory: Path, questions: Sequence[Question]) -> None:
+    """Write ``questions.jsonl`` and one YAML file per task (JSON is YAML) into ``directory``.
+
+    The first task generates the answer; the second picks it among answers to other questions of
+    the same kind by their log-probability.
+
+    Raises:
+        DataError: a kind of question has fewer than two different answers.
+    """
+    directory.mkdir(parents=True)
+    data = directory / "questions.jsonl"
+    rows = [_row(index, question, questions) for index, question in enumerate(questions)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    common: dict[str, Any] = {
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(data.resolve())},
+            "cache_dir": str((directory / "cache").resolve()),
+        },
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+        "target_delimiter": "",
+        "metadata": {"version": 1.0},
+    }
+    generate: dict[str, Any] = {
+        "task": TASKS[0],
+        "output_type": "generate_until",
+        "doc_to_target": "{{answer}}",
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 24, "do_sample": False},
+    }
+    choice: dict[str, Any] = {
+        "task": TASKS[1],
+        "output_type": "multiple_choice",
+        "doc_to_choice": "choices",
+        "doc_to_target": "label",
+    }
+    for task in (generate, choice):
+        metric = {"metric": METRICS[task["task"]], "aggregation": "mean", "higher_is_better": True}
+        document = common | task | {"metric_list": [metric]}
+        path = directory / f"{task['task']}.yaml"
+        path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _row(index: int, question: Question, questions: Sequence[Question]) -> dict[str, Any]:
+    same_kind = sorted({q.answer for q in questions if q.kind == question.kind})
+    others = [answer for answer in same_kind if answer != question.answer]
+    if not others:
+        raise DataError(f"all questions of kind {question.kind!r} have the same answer; ask more")
+    picked = [
+        others[(index + step) % len(others)] for step in range(min(_CHOICES - 1, len(others)))
+    ]
+    choices = sorted([question.answer, *picked])
+    return {
+        "question": question.messages[-1]["content"],
+        "answer": question.answer,
+        "choices": choices,
+        "label": choices.index(question.answer),
+    }
