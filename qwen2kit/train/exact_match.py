@@ -62,10 +62,7 @@ def exact_match(
 def _answers(
     model: CompiledModel, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int
 ) -> list[str]:
-    prompts = [
-        tokenizer.encode(tokenizer.render_chat(list(q.messages), add_generation_prompt=True))
-        for q in questions
-    ]
+    prompts = [tokenizer.encode_chat(q.messages, add_generation_prompt=True) for q in questions]
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
         stop_token_ids=tokenizer.stop_ids,
