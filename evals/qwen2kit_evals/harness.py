@@ -27,6 +27,7 @@ from qwen2kit_evals.generation import continue_prompts, decoding
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_GEN_TOKS = 256
+_LM_EVAL_DEVICE = "cuda:0"
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
@@ -82,8 +83,13 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> Qwen2KitLM:
-        """Build from lm-eval's ``--model_args``, which win over its ``--batch_size`` and such."""
+        """Build from lm-eval's ``--model_args``, which win over its ``--batch_size`` and such.
+
+        lm-eval's own default ``--device cuda:0``, given or not, means the backend's best device.
+        """
         extra = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if extra.get("device") == _LM_EVAL_DEVICE:
+            del extra["device"]
         return cls(**(extra | arg_dict))
 
     @classmethod

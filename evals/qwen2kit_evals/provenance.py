@@ -55,9 +55,9 @@ def _digest(path: Path) -> str:
             digest.update(file.read())
             return digest.hexdigest()
         digest.update(file.read(_HEAD_BYTES))
-        stride = (size - _HEAD_BYTES - _BLOCK_BYTES) // (_BLOCKS - 1)
+        span = size - _HEAD_BYTES - _BLOCK_BYTES
         for block in range(_BLOCKS):
-            file.seek(_HEAD_BYTES + block * stride)
+            file.seek(_HEAD_BYTES + span * block // (_BLOCKS - 1))
             digest.update(file.read(_BLOCK_BYTES))
     return f"sampled:{digest.hexdigest()}"
 
