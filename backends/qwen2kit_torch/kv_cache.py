@@ -1,7 +1,8 @@
 """Keys and values of all layers, preallocated, where a token's slot is its position.
 
 Rows of a ragged batch are right-padded: row ``i`` holds ``lengths[i]`` valid slots, whatever lies
-beyond is overwritten before it can be seen. Shapes: B rows, K kv heads, S slots, C head_dim.
+beyond is overwritten before it can be seen. Slots start as zeros, because a masked NaN would
+still spread (0 * NaN). Shapes: B rows, K kv heads, S slots, C head_dim.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class KVCache:
         self.lengths = [0] * rows
         self._shape = (rows, spec.num_key_value_heads, _round_up(capacity), spec.head_dim)
         self._layers = [
-            (torch.empty(self._shape, device=device, dtype=dtype),
-             torch.empty(self._shape, device=device, dtype=dtype))
+            (torch.zeros(self._shape, device=device, dtype=dtype),
+             torch.zeros(self._shape, device=device, dtype=dtype))
             for _ in range(spec.num_hidden_layers)
         ]  # fmt: skip
         self._slots: Tensor | None = None
@@ -97,7 +98,7 @@ class KVCache:
         used = max(self.lengths)
         self._shape = (*self._shape[:2], capacity, self._shape[3])
         for layer, pair in enumerate(self._layers):
-            grown = tuple(old.new_empty(self._shape) for old in pair)
+            grown = tuple(old.new_zeros(self._shape) for old in pair)
             for new, old in zip(grown, pair, strict=True):
                 new[:, :, :used] = old[:, :, :used]
             self._layers[layer] = (grown[0], grown[1])

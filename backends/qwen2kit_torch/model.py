@@ -17,6 +17,7 @@ from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.attention import Visibility, attend, visibilities
 from qwen2kit_torch.kv_cache import KVCache
+from qwen2kit_torch.linear import Linear, linear, pack, packed_linear
 from qwen2kit_torch.rope import Rotary, rotate
 
 
@@ -47,10 +48,10 @@ class Attention(nn.Module):
         self.head_dim = spec.head_dim
         width = spec.num_attention_heads * spec.head_dim
         kv_width = spec.num_key_value_heads * spec.head_dim
-        self.q_proj = _linear(spec.hidden_size, width, device, dtype, bias=True)
-        self.k_proj = _linear(spec.hidden_size, kv_width, device, dtype, bias=True)
-        self.v_proj = _linear(spec.hidden_size, kv_width, device, dtype, bias=True)
-        self.o_proj = _linear(width, spec.hidden_size, device, dtype)
+        self.q_proj = Linear(spec.hidden_size, width, device=device, dtype=dtype, bias=True)
+        self.k_proj = Linear(spec.hidden_size, kv_width, device=device, dtype=dtype, bias=True)
+        self.v_proj = Linear(spec.hidden_size, kv_width, device=device, dtype=dtype, bias=True)
+        self.o_proj = Linear(width, spec.hidden_size, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -76,9 +77,13 @@ class MLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = _linear(spec.hidden_size, spec.intermediate_size, device, dtype)
-        self.up_proj = _linear(spec.hidden_size, spec.intermediate_size, device, dtype)
-        self.down_proj = _linear(spec.intermediate_size, spec.hidden_size, device, dtype)
+        self.gate_proj = Linear(
+            spec.hidden_size, spec.intermediate_size, device=device, dtype=dtype
+        )
+        self.up_proj = Linear(spec.hidden_size, spec.intermediate_size, device=device, dtype=dtype)
+        self.down_proj = Linear(
+            spec.intermediate_size, spec.hidden_size, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
@@ -155,7 +160,8 @@ class Qwen2(nn.Module):
         self.spec = spec
         self.model = Decoder(spec, device, dtype)
         if not spec.tie_word_embeddings:
-            self.lm_head = _linear(spec.hidden_size, spec.vocab_size, device, dtype)
+            self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
+        self._packed_head: Tensor | None = None
         self._rotary = Rotary(spec)
         self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
@@ -220,9 +226,23 @@ class Qwen2(nn.Module):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of hidden states ``[..., D]``."""
         if self.spec.tie_word_embeddings:
-            return F.linear(hidden, self.model.embed_tokens.weight)
+            if self._packed_head is not None and not torch.is_grad_enabled():
+                return packed_linear(hidden, self._packed_head)
+            weight = self.model.embed_tokens.weight
+            return F.linear(hidden, weight) if torch.is_grad_enabled() else linear(hidden, weight)
         logits: Tensor = self.lm_head(hidden)
         return logits
+
+    def pack(self) -> None:
+        """Bring all weights into the layout that is fastest for inference on their device.
+
+        Afterwards the model cannot be trained; parameters are read through `dense_weight`.
+        """
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        if self.spec.tie_word_embeddings:
+            self._packed_head = pack(self.model.embed_tokens.weight)
 
     def _rope(
         self, positions: Tensor | None, start: list[int], length: int, like: Tensor
@@ -244,11 +264,3 @@ class Qwen2(nn.Module):
                 f"{length} tokens need dual chunk attention, which the torch backend lacks beyond "
                 f"chunk_size + 1 = {dual.chunk_size + 1} tokens; shorten the input"
             )
-
-
-def _linear(
-    inputs: int, outputs: int, device: torch.device, dtype: torch.dtype, *, bias: bool = False
-) -> nn.Linear:
-    # By way of the meta device, which skips nn.Linear's own random initialisation.
-    linear = nn.Linear(inputs, outputs, bias=bias, device="meta", dtype=dtype)
-    return linear.to_empty(device=device)

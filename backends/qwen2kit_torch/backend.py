@@ -1,0 +1,46 @@
+"""TorchBackend: what the entry point ``qwen2kit.backends`` names ``torch``."""
+
+from __future__ import annotations
+
+import torch
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, CompiledModel, Device
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit_torch.compiled import TorchModel
+from qwen2kit_torch.devices import DTYPES, devices
+
+
+class TorchBackend:
+    """PyTorch on CUDA, MPS or CPU, for inference and training of dense models."""
+
+    name = "torch"
+    protocol_version = PROTOCOL_VERSION
+
+    def capabilities(self) -> Capabilities:
+        """Dense models with full or sliding-window attention; quantised weights are expanded."""
+        return Capabilities(dtypes=tuple(DTYPES), trains=True, sliding_window=True)
+
+    def devices(self) -> tuple[Device, ...]:
+        """CUDA devices, then MPS, then the CPU."""
+        return devices()
+
+    def versions(self) -> dict[str, str]:
+        """The framework's version and, where present, CUDA's."""
+        found = {"torch": str(torch.__version__)}
+        if torch.version.cuda is not None:
+            found["cuda"] = torch.version.cuda
+        return found
+
+    def compile(self, spec: ModelSpec, plan: ExecutionPlan) -> CompiledModel:
+        """Build the model on the meta device; with ``plan.train``, a trainable one.
+
+        Raises:
+            BackendError: no such device, a mixture-of-experts spec, or ``max_seq_len`` out of
+                range.
+        """
+        if plan.train is None:
+            return TorchModel(spec, plan)
+        from qwen2kit_torch.train_model import TorchTrainableModel
+
+        return TorchTrainableModel(spec, plan)

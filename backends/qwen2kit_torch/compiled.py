@@ -1,0 +1,117 @@
+"""TorchModel: a spec compiled for inference on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
+from qwen2kit.errors import BackendError
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.tensor import HostTensor
+from qwen2kit_torch.devices import resolve_device, resolve_dtype
+from qwen2kit_torch.generate import generate
+from qwen2kit_torch.limits import check_tokens, context_limit
+from qwen2kit_torch.model import Qwen2
+from qwen2kit_torch.prefill import logits_in_slices
+from qwen2kit_torch.score import score
+from qwen2kit_torch.weights import export_weights, load_weights
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class TorchModel:
+    """Implements `qwen2kit.backend.protocol.CompiledModel`.
+
+    With ``plan.train`` set (see the trainable subclass) parameters are float32 masters of their
+    own; otherwise they have the compute dtype, may share memory with the weight file, and are
+    never written.
+
+    Attributes:
+        spec: the model.
+        plan: what it was compiled for.
+        device: where it runs.
+        dtype: compute dtype.
+        module: the network, on the meta device until weights are loaded.
+
+    Raises:
+        BackendError: the device does not exist here, the spec is a mixture of experts, or
+            ``plan.max_seq_len`` is out of range.
+    """
+
+    def __init__(self, spec: ModelSpec, plan: ExecutionPlan) -> None:
+        self.spec = spec
+        self.plan = plan
+        self.device = resolve_device(plan)
+        self.dtype = resolve_dtype(plan, self.device)
+        self.limit = context_limit(spec, plan)
+        masters = plan.train is not None
+        self.module = Qwen2(spec, device="meta", dtype=torch.float32 if masters else self.dtype)
+
+    def load(self, weights: WeightSource) -> LoadReport:
+        """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
+        inference = self.plan.train is None
+        return load_weights(self.module, weights, device=self.device, share=inference)
+
+    def export(self) -> Iterator[tuple[str, HostTensor]]:
+        """All schema parameters in schema order, canonical names, in the parameters' dtype."""
+        self._check_loaded()
+        return export_weights(self.module)
+
+    def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """Logits ``[T, vocab]`` in float32, without any cache."""
+        self._check(tokens, "the input")
+        out = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
+        with torch.inference_mode():
+            hidden = self.module.forward_hidden(torch.tensor([tokens], device=self.device))[0]
+            for start, part in logits_in_slices(self.module, hidden):
+                out[start : start + len(part)] = part.cpu().numpy()
+        return out
+
+    def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """``[layers + 2, T, hidden]`` float32: embedding, every layer, final norm."""
+        self._check(tokens, "the input")
+        with torch.inference_mode():
+            trace = self.module.hidden_trace(torch.tensor([tokens], device=self.device))
+            return np.stack([state[0].float().cpu().numpy() for state in trace])
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """Log-probabilities of continuations.
+
+        Raises:
+            BackendError: a request has an empty side, foreign token ids, or is too long.
+        """
+        for index, request in enumerate(requests):
+            if not request.context or not request.continuation:
+                raise BackendError(
+                    f"score request {index} needs at least one context and one continuation token"
+                )
+            inputs = (*request.context, *request.continuation[:-1])
+            self._check(inputs, f"score request {index}")
+            self._check(request.continuation[-1:], f"score request {index}")
+        return score(self.module, requests) if requests else iter(())
+
+    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
+        """Continue every prompt; see the protocol.
+
+        Raises:
+            BackendError: a prompt is empty, too long, or holds foreign token ids.
+        """
+        for index, prompt in enumerate(prompts):
+            self._check(prompt, f"prompt {index}")
+        return generate(self.module, prompts, sampling, limit=self.limit) if prompts else iter(())
+
+    def _check(self, tokens: Sequence[int], what: str) -> None:
+        self._check_loaded()
+        check_tokens(tokens, self.spec, self.limit, what)
+
+    def _check_loaded(self) -> None:
+        if self.module.model.embed_tokens.weight.is_meta:
+            raise BackendError("the model has no weights yet; load them first")

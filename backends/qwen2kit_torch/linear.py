@@ -1,0 +1,100 @@
+"""A linear layer that, without gradients, picks the fastest kernel of an x86 CPU.
+
+PyTorch sends float32 products to MKL; oneDNN reads the same weights 1.5 to 2 times as fast for one
+token on the AMD machine where this was measured, and up to 7 times for small batches. For bfloat16,
+weights in oneDNN's blocked layout (`pack`) are 1.6 times as fast as plain ones.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    """``x @ weight.T + bias``; parameters are created uninitialised.
+
+    Args:
+        inputs: size of the last dimension of ``x``.
+        outputs: size of the result's.
+        device: where the parameters live; may be ``meta``.
+        dtype: of the parameters.
+        bias: whether there is one.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        bias: bool = False,
+    ) -> None:
+        # By way of the meta device, which skips nn.Linear's own random initialisation.
+        super().__init__(inputs, outputs, bias=bias, device="meta", dtype=dtype)
+        self.to_empty(device=device)
+        self._packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``."""
+        if not torch.is_grad_enabled():
+            if self._packed is not None:
+                return packed_linear(x, self._packed, self.bias)
+            return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+    def pack(self) -> None:
+        """Move the weight into oneDNN's blocked layout, if that helps on this device.
+
+        For inference only. The plain weight is dropped; `dense_weight` restores it exactly.
+        """
+        self._packed = pack(self.weight)
+        if self._packed is not None:
+            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    def dense_weight(self) -> Tensor:
+        """The weight ``[outputs, inputs]``, unpacked if need be."""
+        return self.weight.detach() if self._packed is None else self._packed.to_dense()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` with plain weights; not differentiable on every path."""
+    if weight.dtype == torch.float32 and _usable(weight):
+        return packed_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def pack(weight: Tensor) -> Tensor | None:
+    """``weight`` in oneDNN's opaque blocked layout, or None where plain is as good."""
+    if weight.dtype != torch.bfloat16 or not _usable(weight):
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_TOKENS)
+    return packed
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN; ``weight`` may be plain or from `pack`."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+# The layout oneDNN chooses for many tokens is also its best for one.
+_PACK_FOR_TOKENS = 512
+
+
+def _usable(weight: Tensor) -> bool:
+    return weight.device.type == "cpu" and _has_onednn()
+
+
+@cache
+def _has_onednn() -> bool:
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )

@@ -1,0 +1,93 @@
+"""Parameters in and out: HostTensor <-> torch.Tensor, one tensor at a time."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qwen2kit.backend.protocol import LoadReport
+from qwen2kit.spec.schema import schema
+from qwen2kit.weights.match import check_fits
+from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.tensor import DType, HostTensor
+from qwen2kit_torch.linear import Linear
+from qwen2kit_torch.model import Qwen2
+
+_TORCH: dict[DType, torch.dtype] = {
+    "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
+    "bfloat16": torch.bfloat16, "int64": torch.int64, "int32": torch.int32,
+    "uint32": torch.uint32, "int8": torch.int8, "uint8": torch.uint8,
+}  # fmt: skip
+_HOST = {dtype: name for name, dtype in _TORCH.items()}
+
+
+def load_weights(
+    model: Qwen2, weights: WeightSource, *, device: torch.device, share: bool
+) -> LoadReport:
+    """Fill every parameter of ``model`` from ``weights``, in the parameters' own dtype.
+
+    Args:
+        model: parameters may still be on the meta device.
+        weights: canonical tensors; quantised ones are dequantised.
+        device: where parameters go.
+        share: the parameters will never be written, so that on the CPU they may be the source's
+            own buffers (usually a memory-mapped file) where the dtype is the same.
+
+    Raises:
+        WeightError: names or shapes do not fit.
+    """
+    started = time.perf_counter()
+    check_fits(model.spec, weights)
+    total = 0
+    for param in schema(model.spec):
+        host = weights.read(param.name)
+        total += host.nbytes
+        _assign(model, param.name, as_tensor(host), device, share)
+    if share:
+        model.pack()
+    return LoadReport(
+        tensors=len(schema(model.spec)), bytes=total, seconds=time.perf_counter() - started
+    )
+
+
+def export_weights(model: Qwen2) -> Iterator[tuple[str, HostTensor]]:
+    """All parameters in schema order and in their own dtype, one at a time."""
+    for param in schema(model.spec):
+        path, _, leaf = param.name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf == "weight" and isinstance(module, Linear):
+            yield param.name, as_host(module.dense_weight())
+        else:
+            yield param.name, as_host(getattr(module, leaf).detach())
+
+
+def as_tensor(host: HostTensor) -> Tensor:
+    """A view of ``host``; writing to it is undefined when the buffer is read-only."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(host.data, dtype=_TORCH[host.dtype]).view(host.shape)
+
+
+def as_host(tensor: Tensor) -> HostTensor:
+    """``tensor`` in host memory, sharing it if it is a contiguous CPU tensor."""
+    flat = tensor.to("cpu").contiguous().view(-1)
+    raw: NDArray[np.generic] = flat.view(torch.uint8).numpy()
+    return HostTensor(_HOST[tensor.dtype], tuple(tensor.shape), raw.data)
+
+
+def _assign(model: Qwen2, name: str, source: Tensor, device: torch.device, share: bool) -> None:
+    path, _, leaf = name.rpartition(".")
+    module: nn.Module = model.get_submodule(path)
+    current: nn.Parameter = getattr(module, leaf)
+    if not current.is_meta and not share:
+        with torch.no_grad():
+            current.copy_(source)
+        return
+    value = source.to(device, current.dtype, copy=not share)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=not share))
