@@ -58,7 +58,7 @@ class MLXBackend:
         device = self._device(plan.device)
         on_cpu = device.type == mx.cpu
         name = plan.dtype if plan.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu, name), _limit(spec, plan))
+        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu), _limit(spec, plan))
 
     def _device(self, name: str) -> mx.Device:
         usable = [device.name for device in self.devices()]
@@ -83,8 +83,8 @@ def _describe(kind: mx.DeviceType) -> Device:
     )
 
 
-def _kernels(on_cpu: bool, dtype: str) -> Kernels:
-    if on_cpu and dtype == "float32" and sys.platform != "darwin":
+def _kernels(on_cpu: bool) -> Kernels:
+    if on_cpu and sys.platform != "darwin":
         return HostKernels()
     return NativeKernels(fuse=not on_cpu)
 

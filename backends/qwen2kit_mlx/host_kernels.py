@@ -1,10 +1,11 @@
-"""Float32 products of the CPU device on NumPy's BLAS.
+"""Products of the CPU device on NumPy's BLAS.
 
 The Linux CPU wheel of MLX links the reference BLAS: one thread, about 2 GFLOP/s, where the
 OpenBLAS inside NumPy reaches a hundred times that. MLX arrays share their memory with NumPy, so
-handing a product over copies only its result. Norms, rotations, activations, quantised products
-with one row and the cache stay in MLX. Not used on macOS, where MLX has Accelerate, nor for
-16-bit dtypes, which NumPy has no BLAS for.
+handing a float32 product over copies only its result. 16-bit operands are widened first, which
+is exact and still cheaper than MLX's own 16-bit products; results are rounded back. Norms,
+rotations, activations, packed products with few rows and the cache stay in MLX. Not used on
+macOS, where MLX has Accelerate.
 
 Shape suffixes as in `kernels`; G query heads per kv head.
 """
@@ -25,17 +26,18 @@ class HostKernels(NativeKernels):
     """`Kernels` whose dense products run on NumPy; results are ready when a call returns."""
 
     lazy = False
+    stacks = False
 
     def __init__(self) -> None:
         super().__init__(fuse=False)
 
     def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
         """See `Kernels.linear`."""
-        rows = np.asarray(x).reshape(-1, x.shape[-1])
-        out = rows @ np.asarray(weight).T
+        rows = _host(x).reshape(-1, x.shape[-1])
+        out = rows @ _host(weight).T
         if bias is not None:
-            out += np.asarray(bias)
-        return mx.array(out.reshape(*x.shape[:-1], -1))
+            out += _host(bias)
+        return mx.array(out.reshape(*x.shape[:-1], -1)).astype(x.dtype)
 
     def affine_linear(
         self,
@@ -45,10 +47,11 @@ class HostKernels(NativeKernels):
         group_size: int,
     ) -> mx.array:
         """See `Kernels.affine_linear`; several rows are cheaper with the weight unpacked once."""
+        packed, scales, biases = weight[0], _wide(weight[1]), _wide(weight[2])
         if x.size <= 2 * x.shape[-1]:
-            return super().affine_linear(x, weight, bits, group_size)
-        dense = mx.dequantize(*weight, group_size=group_size, bits=bits)
-        return self.linear(x, dense, None)
+            wide = (packed, scales, biases)
+            return super().affine_linear(_wide(x), wide, bits, group_size).astype(x.dtype)
+        return self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits), None)
 
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
@@ -57,19 +60,29 @@ class HostKernels(NativeKernels):
         batch, heads, queries, width = q_BHTC.shape
         kv_heads, slots = k_BKSC.shape[1], k_BKSC.shape[2]
         group = heads // kv_heads
-        q = (np.asarray(q_BHTC) * np.float32(scale)).reshape(batch, kv_heads, group, queries, width)
-        k, v = np.asarray(k_BKSC)[:, :, None], np.asarray(v_BKSC)[:, :, None]
+        q = (_host(q_BHTC) * np.float32(scale)).reshape(batch, kv_heads, group, queries, width)
+        k, v = _host(k_BKSC)[:, :, None], _host(v_BKSC)[:, :, None]
         block = max(1, _SCORES_PER_BLOCK // (batch * heads * slots))
-        out = np.empty_like(q)
+        out: Floats = np.empty(q.shape, dtype=np.float32)
         for start in range(0, queries, block):
             end = min(start + block, queries)
             seen = slots - queries + end if isinstance(mask, str) else slots
-            scores = q[..., start:end, :] @ k[..., :seen, :].swapaxes(-1, -2)
+            scores = np.asarray(
+                q[..., start:end, :] @ k[..., :seen, :].swapaxes(-1, -2), dtype=np.float32
+            )
             hidden = _hidden(mask, start, end, seen)
             if hidden is not None:
                 np.copyto(scores, np.float32(-np.inf), where=hidden)
             out[..., start:end, :] = _softmax(scores) @ v[..., :seen, :]
-        return mx.array(out.reshape(batch, heads, queries, width))
+        return mx.array(out.reshape(batch, heads, queries, width)).astype(q_BHTC.dtype)
+
+
+def _wide(array: mx.array) -> mx.array:
+    return array if array.dtype == mx.float32 else array.astype(mx.float32)
+
+
+def _host(array: mx.array) -> Floats:
+    return np.asarray(_wide(array))
 
 
 def _hidden(mask: Mask, start: int, end: int, seen: int) -> NDArray[np.bool_] | None:

@@ -22,9 +22,12 @@ class Kernels(Protocol):
     Attributes:
         lazy: whether results are computed in the background, so that building the next step
             while the current token is handed out gains time.
+        stacks: whether matrices that read the same input are worth merging into one (fewer
+            launches), at the price of another copy at load time.
     """
 
     lazy: bool
+    stacks: bool
 
     def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
         """``x @ weight.T + bias``; ``x`` is ``[..., in]``, ``weight`` ``[out, in]``."""
@@ -65,6 +68,7 @@ class NativeKernels:
     """
 
     lazy = True
+    stacks = True
 
     def __init__(self, *, fuse: bool) -> None:
         self._swiglu = mx.compile(_swiglu, shapeless=True) if fuse else _swiglu

@@ -1,7 +1,7 @@
 """Weight matrices as the model uses them: dense or packed, single or fused along the output rows.
 
-Matrices that read the same input (q, k, v; gate, up) are stacked at load time, which saves
-launches; `dense_rows` undoes it for the export.
+Matrices that read the same input (q, k, v; gate, up) are merged at load time where that saves
+launches (`Kernels.stacks`) and their formats agree; `dense_rows` undoes it for the export.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ Single = Dense | Affine
 
 
 class Stacked:
-    """Matrices that share an input but not a format, applied one after the other."""
+    """Matrices that share an input but are stored apart, applied one after the other."""
 
     bias: mx.array | None = None
 

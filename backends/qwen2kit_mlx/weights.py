@@ -160,9 +160,11 @@ def to_host(array: mx.array) -> HostTensor:
 def _stacked(parts: list[Single], sizes: list[int]) -> Matrix:
     if len(parts) == 1:
         return parts[0]
+    first = parts[0]
+    if not first.kernels.stacks:
+        return Stacked(parts, sizes)
     biases = [part.bias for part in parts if part.bias is not None]
     bias = mx.concatenate(biases) if biases else None
-    first = parts[0]
     if all(isinstance(part, Dense) for part in parts):
         dense = [part.weight for part in parts if isinstance(part, Dense)]
         return Dense(first.kernels, mx.concatenate(dense), bias)

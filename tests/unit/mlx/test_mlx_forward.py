@@ -34,12 +34,15 @@ def test_float32_equals_the_reference(name: str, kernels: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.06), ("float16", 0.01)])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", ["tied", "yarn", "window"])
-def test_half_precision_stays_near_the_reference(name: str, dtype: str, tolerance: float) -> None:
+def test_half_precision_stays_near_the_reference(
+    name: str, kernels: str, dtype: str, tolerance: float
+) -> None:
     spec = SPECS[name]
     weights = random_weights(spec)
     expected = ReferenceModel(spec, weights).logits(TOKENS)
-    got = model(spec, weights, dtype=getattr(mx, dtype)).logits(TOKENS)
+    got = model(spec, weights, kernels, dtype=getattr(mx, dtype)).logits(TOKENS)
     assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
 
 
