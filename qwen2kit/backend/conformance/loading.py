@@ -22,7 +22,7 @@ from qwen2kit.backend.protocol import PROTOCOL_VERSION, Backend, Capabilities, C
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.spec.model import DualChunkSpec, ModelSpec, MoESpec, SlidingWindowSpec
 from qwen2kit.spec.reference import ReferenceModel
-from qwen2kit.spec.schema import FINAL_NORM, LM_HEAD, schema
+from qwen2kit.spec.schema import EMBED_TOKENS, FINAL_NORM, LM_HEAD, schema
 from qwen2kit.weights.affine import dequantize, quantize
 from qwen2kit.weights.source import AffineTensor, MemorySource
 from qwen2kit.weights.tensor import DType, HostTensor, from_float32
@@ -33,6 +33,8 @@ _MOE = MoESpec(
     moe_intermediate_size=32,
     shared_expert_intermediate_size=64,
 )
+
+_LAST_BIAS = [param.name for param in schema(UNTIED) if param.kind == "bias"][-1]
 
 
 def _identity(backend: Backend) -> None:
@@ -109,9 +111,9 @@ def _changed(spec: ModelSpec, **changes: HostTensor | None) -> MemorySource:
 def _refuses_wrong_weights(backend: Backend) -> None:
     one = from_float32(np.ones(UNTIED.hidden_size + 1, dtype=np.float32), "float32")
     sources = {
-        "missing tensor": _changed(UNTIED, **{"model.layers.1.self_attn.k_proj.bias": None}),
+        "missing tensor": _changed(UNTIED, **{_LAST_BIAS: None}),
         "missing head": _changed(UNTIED, **{LM_HEAD: None}),
-        "unexpected tensor": _changed(UNTIED, **{"model.layers.9.mlp.up_proj.weight": one}),
+        "unexpected tensor": _changed(UNTIED, **{"not.a.parameter": one}),
         "wrong shape": _changed(UNTIED, **{FINAL_NORM: one}),
     }
     for what, source in sources.items():
@@ -120,7 +122,7 @@ def _refuses_wrong_weights(backend: Backend) -> None:
 
 
 def _tolerates_duplicated_head(backend: Backend) -> None:
-    source = _changed(TIED, **{LM_HEAD: weights(TIED).read("model.embed_tokens.weight")})
+    source = _changed(TIED, **{LM_HEAD: weights(TIED).read(EMBED_TOKENS)})
     model = loaded(backend, TIED, source=source)
     expected = ReferenceModel(TIED, weights(TIED)).logits(tokens(5))
     require_close("logits", model.logits(tokens(5)), expected, TOLERANCE)
