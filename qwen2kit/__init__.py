@@ -22,7 +22,18 @@ _PUBLIC = {
     "preset": "qwen2kit.spec.presets",
 }
 
-__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+__all__ = [
+    "ExecutionPlan",
+    "LoadedModel",
+    "ModelSpec",
+    "Qwen2KitError",
+    "Sampling",
+    "Tokenizer",
+    "__version__",
+    "load_model",
+    "open_checkpoint",
+    "preset",
+]
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel, load_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen2kit.backend.plan import ExecutionPlan
@@ -23,7 +23,7 @@ class LoadedModel:
     backend: Backend
     model: CompiledModel
     report: LoadReport
-    plan: ExecutionPlan = ExecutionPlan()
+    plan: ExecutionPlan = field(default_factory=ExecutionPlan)
 
     def sampling(self, **overrides: object) -> Sampling:
         """The checkpoint's generation defaults (stop ids included), with ``overrides`` applied.

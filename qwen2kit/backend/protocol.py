@@ -163,18 +163,20 @@ class CompiledModel(Protocol):
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """Score requests in any order the backend likes; yields ``(index, score)`` as they finish.
 
-        Raises BackendError if a request is longer than the model can take.
+        Raises BackendError if a request is longer than the model can take, has an empty side, or
+        holds a token id outside the vocabulary.
         """
         ...
 
-    def generate(
-        self, prompts: Sequence[TokenIds], sampling: Sampling
-    ) -> Iterator[TokenEvent]:
+    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
         """Continue every prompt (ragged lengths allowed) as one batch.
 
         Events of different prompts interleave; the last event of each prompt carries a
         ``finish_reason``. The result does not depend on what else is in the batch. Closing the
         iterator frees the cache.
+
+        Raises BackendError if a prompt is empty, longer than the model can take, or holds a token
+        id outside the vocabulary.
         """
         ...
 

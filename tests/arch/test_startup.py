@@ -78,6 +78,7 @@ def test_importing_the_library_is_cheap(module: str) -> None:
 def test_public_names_resolve() -> None:
     import qwen2kit
 
+    assert set(qwen2kit.__all__) == {"__version__", *qwen2kit._PUBLIC}
     for name in qwen2kit.__all__:
         assert getattr(qwen2kit, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

@@ -1,0 +1,54 @@
+"""Tests that silently disappear are noticed: a floor under the number of them per folder."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.arch.source_tree import ROOT, functions, parse
+
+# Test functions, each often parametrised. Raise a floor when a folder grows.
+FLOORS = {
+    "arch": 30,
+    "cli": 35,
+    "parity": 18,
+    "unit/config": 10,
+    "unit/data": 22,
+    "unit/evals": 35,
+    "unit/mlx": 30,
+    "unit/parity": 12,
+    "unit/spec": 40,
+    "unit/tokenizer": 55,
+    "unit/torch": 30,
+    "unit/train": 16,
+    "unit/weights": 70,
+}
+
+
+def count(folder: str) -> int:
+    return sum(
+        function.name.startswith("test_")
+        for file in (ROOT / "tests" / folder).rglob("test_*.py")
+        for function in functions(parse(file))
+    )
+
+
+@pytest.mark.parametrize("folder", FLOORS)
+def test_folder_has_its_tests(folder: str) -> None:
+    assert count(folder) >= FLOORS[folder]
+
+
+def test_no_test_can_pass_without_asserting() -> None:
+    """Every test function asserts, expects an exception, or calls something that checks."""
+    checks = (ast.Assert, ast.Raise)
+    idle = []
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        for function in functions(parse(file)):
+            if not function.name.startswith("test_"):
+                continue
+            nodes = list(ast.walk(function))
+            calls = [ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)]
+            if not any(isinstance(n, checks) for n in nodes) and not calls:
+                idle.append(f"{file.name}:{function.name}")
+    assert idle == []
