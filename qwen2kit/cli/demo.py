@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.config.tree import RunConfig
     from qwen2kit.data.embedded import Question
+
+
+LM_EVAL_QUESTIONS = 100
 
 
 def demo(
@@ -34,18 +38,21 @@ def demo(
 
     from qwen2kit.backend.registry import get, installed
     from qwen2kit.cli.demo_steps import convert_and_verify
+    from qwen2kit.cli.demo_task import task_rows, write_tasks
     from qwen2kit.config.load import load_recipe
     from qwen2kit.data.embedded import generate
     from qwen2kit.train import run
 
     started = perf_counter()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # this command reports its own progress
     config = load_recipe("tiny", [*(overrides or []), "checkpoint.initial=true"])
     seed, count = _questions_of(config)
     questions = tuple(generate(seed, count, held_out=True))
     out = directory or _fresh()
     backends = installed()
-    for name in backends:
+    for name in (config.backend, *backends):
         get(name)
+    rows = task_rows(questions)[:LM_EVAL_QUESTIONS] if _has_lm_eval() else []
     screen = console()
 
     def note(text: str) -> None:
@@ -56,6 +63,10 @@ def demo(
     if trained.status != "finished":
         note(f"stopped by {trained.signal}; continue with: qwen2kit train --resume {out}")
         raise typer.Exit(130)
+    if rows:
+        write_tasks(out / "eval" / "tasks", rows)
+    else:
+        note("lm-eval is not installed, so it is left out: pip install 'qwen2kit[eval]'")
     conversions = convert_and_verify(trained.model_dir, out, backends, note)
     document = {
         "directory": str(out),
@@ -75,13 +86,7 @@ def _measure(
 ) -> dict[str, Any]:
     """Chat, exact match and lm-eval for every model and backend."""
     from qwen2kit.cli.demo_steps import BEFORE, ask, load, models_to_score, score
-    from qwen2kit.cli.demo_task import write_tasks
 
-    with_lm_eval = _has_lm_eval()
-    if with_lm_eval:
-        write_tasks(out / "eval" / "tasks", questions)
-    else:
-        note("lm-eval is not installed, so it is left out: pip install 'qwen2kit[eval]'")
     chats: list[dict[str, Any]] = []
     scores: list[dict[str, Any]] = []
     for label, backend, model_dir in models_to_score(out, backends):
@@ -91,7 +96,7 @@ def _measure(
         if label != BEFORE:
             chats.append(row | ask(loaded, questions[0]))
         row["exact_match"] = score(loaded, questions)
-        if with_lm_eval:
+        if (out / "eval" / "tasks").is_dir():
             row["lm_eval"] = _lm_eval(loaded, out / "eval", f"{backend}-{label}")
         scores.append(row)
     return {"questions": len(questions), "chat": chats, "scores": scores}
@@ -155,8 +160,9 @@ def _print(document: dict[str, Any]) -> None:
         )
     table = Table(title=f"{document['questions']} held-out questions")
     headings = ["model", "backend", "exact match"]
+    asked = min(LM_EVAL_QUESTIONS, document["questions"])
     if any("lm_eval" in row for row in document["scores"]):
-        headings += ["lm-eval generate", "lm-eval choice"]
+        headings += [f"lm-eval generate (n={asked})", f"lm-eval choice (n={asked})"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in headings[:2] else "right")
     for row in document["scores"]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 Note = Callable[[str], None]
 BITS = 4
 GROUP_SIZE = 64
-BEFORE, AFTER = "before training", "after training"
+BEFORE, AFTER = "untrained", "trained"
 
 
 def convert_and_verify(
@@ -48,7 +48,7 @@ def models_to_score(run_dir: Path, backends: Sequence[str]) -> list[tuple[str, s
         for backend in backends
     ]
     if "mlx" in backends:
-        pairs.append((f"after training, {BITS}-bit", "mlx", run_dir / f"mlx-{BITS}bit"))
+        pairs.append((f"{AFTER}, {BITS}-bit", "mlx", run_dir / f"mlx-{BITS}bit"))
     return pairs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2kit.errors import DataError
+from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen2kit.data.embedded import Question
@@ -17,18 +17,24 @@ METRICS = {TASKS[0]: "exact_match", TASKS[1]: "acc"}
 _CHOICES = 4
 
 
-def write_tasks(directory: Path, questions: Sequence[Question]) -> None:
-    """Write ``questions.jsonl`` and one YAML file per task (JSON is YAML) into ``directory``.
-
-    The first task generates the answer; the second picks it among answers to other questions of
-    the same kind by their log-probability.
+def task_rows(questions: Sequence[Question]) -> list[dict[str, Any]]:
+    """One document per question: the question, its answer, and up to three wrong choices, which
+    are answers to other questions (of the same kind where it has any).
 
     Raises:
-        DataError: a kind of question has fewer than two different answers.
+        ConfigError: all questions have the same answer.
+    """
+    return [_row(index, question, questions) for index, question in enumerate(questions)]
+
+
+def write_tasks(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write ``questions.jsonl`` and one YAML file per task (JSON is YAML) into ``directory``.
+
+    The first task generates the answer; the second picks it among the choices by their
+    log-probability.
     """
     directory.mkdir(parents=True)
     data = directory / "questions.jsonl"
-    rows = [_row(index, question, questions) for index, question in enumerate(questions)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     common: dict[str, Any] = {
         "dataset_path": "json",
@@ -61,17 +67,19 @@ def write_tasks(directory: Path, questions: Sequence[Question]) -> None:
 
 
 def _row(index: int, question: Question, questions: Sequence[Question]) -> dict[str, Any]:
-    same_kind = sorted({q.answer for q in questions if q.kind == question.kind})
-    others = [answer for answer in same_kind if answer != question.answer]
+    others = _other_answers(question, [q for q in questions if q.kind == question.kind])
+    others = others or _other_answers(question, questions)
     if not others:
-        raise DataError(f"all questions of kind {question.kind!r} have the same answer; ask more")
-    picked = [
-        others[(index + step) % len(others)] for step in range(min(_CHOICES - 1, len(others)))
-    ]
-    choices = sorted([question.answer, *picked])
+        raise ConfigError("the held-out questions all have the same answer: raise eval.questions")
+    count = min(_CHOICES - 1, len(others))
+    choices = sorted([question.answer, *(others[(index + i) % len(others)] for i in range(count))])
     return {
         "question": question.messages[-1]["content"],
         "answer": question.answer,
         "choices": choices,
         "label": choices.index(question.answer),
     }
+
+
+def _other_answers(question: Question, questions: Sequence[Question]) -> list[str]:
+    return sorted({q.answer for q in questions} - {question.answer})

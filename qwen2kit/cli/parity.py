@@ -119,23 +119,19 @@ def _document(
 def _print(results: list[PairResult], choice: Choice, tolerance: float) -> None:
     from rich.table import Table
 
-    table = Table(title=f"parity, tolerance {tolerance:g}")
-    for heading in ("pair", "prompt", "max |Δ|", "median |Δ|", "KL (nats)", "top-1", "greedy", ""):
-        table.add_column(heading, justify="left" if heading in ("pair", "prompt") else "right")
+    out = console()
     for result in results:
-        pair = f"{result.first} / {result.second}"
+        table = Table(title=f"{result.first} / {result.second}, tolerance {tolerance:g}")
+        for heading in ("prompt", "max |Δ|", "median |Δ|", "KL (nats)", "top-1", "greedy", ""):
+            table.add_column(heading, justify="left" if heading == "prompt" else "right")
         for name, delta in result.prompts.items():
             run = result.greedy.get(name)
-            same = "" if run is None else f"{run.common}/{run.length}"
             table.add_row(
-                pair, name, f"{delta.max_abs:.2e}", f"{delta.median_abs:.2e}",
-                f"{delta.kl:.2e}", f"{delta.top1_agreement:.2%}", same,
+                name, f"{delta.max_abs:.2e}", f"{delta.median_abs:.2e}", f"{delta.kl:.2e}",
+                f"{delta.top1_agreement:.2%}", "" if run is None else f"{run.common}/{run.length}",
                 "ok" if delta.within(tolerance) else "FAIL",
             )  # fmt: skip
-            pair = ""
-        table.add_section()
-    out = console()
-    out.print(table)
+        out.print(table)
     for result in results:
         for name, run in result.greedy.items():
             if not run.identical:
