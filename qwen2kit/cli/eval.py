@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,7 +13,9 @@ from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
+    from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit_evals.results import EvalResult
+    from qwen2kit_evals.tasks import TaskSelection
 
 
 def evaluate(
@@ -58,32 +62,42 @@ def evaluate(
         raise ConfigError("name a model: qwen2kit eval MODEL --tasks mmlu,gsm8k")
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"--num-fewshot must not be negative, got {num_fewshot}")
-    from qwen2kit.backend.loading import load_model
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit_evals.results import check_output
     from qwen2kit_evals.run import check_numbers, default_output
-    from qwen2kit_evals.run import evaluate as run
     from qwen2kit_evals.tasks import select_tasks
 
     plan = ExecutionPlan(device=device, dtype=dtype)
     check_numbers(limit, batch_size)
     directory = output or default_output(model)
     check_output(directory)
-    selection = select_tasks(
-        [tasks], datasets=datasets, num_fewshot=num_fewshot, include_path=include_path
-    )
-    for notice in selection.notices:
-        console().print(f"note: {notice}", markup=False)
-    result = run(
-        load_model(model, backend=backend, plan=plan),
-        selection,
-        limit=limit,
-        batch_size=batch_size,
-        apply_chat_template=chat_template,
-        seed=seed,
-        output=directory,
-    )
+    with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
+        selection = select_tasks(
+            [tasks], datasets=datasets, num_fewshot=num_fewshot, include_path=include_path
+        )
+        for notice in selection.notices:
+            console().print(f"note: {notice}", markup=False)
+        result = _run(
+            model,
+            backend,
+            plan,
+            selection,
+            limit=limit,
+            batch_size=batch_size,
+            apply_chat_template=chat_template,
+            seed=seed,
+            output=directory,
+        )
     _report(result, already=len(selection.notices), json_output=json_output)
+
+
+def _run(
+    model: str, backend: str, plan: ExecutionPlan, selection: TaskSelection, **options: Any
+) -> EvalResult:
+    from qwen2kit.backend.loading import load_model
+    from qwen2kit_evals.run import evaluate as run
+
+    return run(load_model(model, backend=backend, plan=plan), selection, **options)
 
 
 def _report(result: EvalResult, *, already: int, json_output: bool) -> None:

@@ -1,0 +1,107 @@
+"""``qwen2kit eval`` and ``python -m qwen2kit_evals``: a whole run, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qwen2kit.backend.registry import installed
+from tests.eval_tasks import write_tasks
+from tests.run_cli import OFFLINE, run_cli
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if not installed():
+        pytest.skip("no backend installed")
+    home = tmp_path_factory.mktemp("eval")
+    write_tiny_checkpoint(home / "model")
+    write_tasks(home / "tasks")
+    return home
+
+
+@pytest.mark.slow
+def test_a_run_writes_its_results_and_prints_them(home: Path) -> None:
+    done = run_cli(
+        "eval", home / "model", "--tasks", "tiny_choice,tiny_generate",
+        "--include-path", home / "tasks", "--limit", "2", "--num-fewshot", "1",
+        "--dtype", "float32", "--json",
+        cwd=home, env={"HF_DATASETS_CACHE": str(home / "cache")}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    output = home / document["output"]
+    assert output.parent == home / "eval-results"
+    assert json.loads((output / "results.json").read_text()) == document
+    assert {row["task"] for row in document["results"]} == {"tiny_choice", "tiny_generate"}
+    assert all(row["samples"] == 2 and row["shots"] == 1 for row in document["results"])
+    assert document["provenance"]["model"]["dtype"] == "float32"
+    assert len((output / "samples_tiny_choice.jsonl").read_text().splitlines()) == 2
+    assert "exact_match" in done.stderr
+    assert "written to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_lm_evals_own_command_line(home: Path) -> None:
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "qwen2kit_evals", "run", "--model", "qwen2kit",
+            "--model_args", f"pretrained={home / 'model'},dtype=float32,batch_size=2",
+            "--tasks", "tiny_generate", "--include_path", str(home / "tasks"), "--limit", "2",
+        ],
+        capture_output=True, text=True, timeout=300, check=False, cwd=home,
+        env={**os.environ, **OFFLINE, "HF_DATASETS_CACHE": str(home / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "|tiny_generate|" in done.stdout
+    assert "exact_match" in done.stdout
+
+
+@pytest.mark.slow
+def test_unknown_tasks_come_with_close_ones(home: Path) -> None:
+    done = run_cli("eval", home / "model", "--tasks", "gsm8kk", timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown task 'gsm8kk'; did you mean gsm8k")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--tasks", "gsm8k"], 2, "name a model"),
+        (["m", "--tasks", "gsm8k", "--limit", "0"], 2, "limit must be"),
+        (["m", "--tasks", "gsm8k", "--batch-size", "0"], 2, "batch_size must be"),
+        (["m", "--tasks", "gsm8k", "--num-fewshot", "-1"], 2, "--num-fewshot must not"),
+        (["m", "--tasks", "gsm8k", "--dtype", "fp8"], 2, "dtype must be"),
+        (["m", "--tasks", "gsm8k", "--datasets", "nowhere"], 5, "nowhere: no such directory"),
+        (["m", "--tasks", "gsm8k", "--include-path", "nowhere"], 2, "no such directory"),
+        (["m", "--tasks", "gsm8k", "--output", "full"], 2, "full already exists"),
+        (["--list"], 2, "add --datasets DIR"),
+    ],
+)
+def test_bad_options_are_one_line(
+    tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("{}")
+    done = run_cli("eval", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_missing_extra_names_its_install_command(tmp_path: Path) -> None:
+    done = run_cli("eval", "m", "--tasks", "gsm8k", cwd=tmp_path, hide="lm_eval")
+    assert done.returncode == 8
+    assert "pip install 'qwen2kit[eval]'" in done.stderr
+    assert done.stderr.count("\n") == 1
