@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Linear(nn.Linear):
+class Linear(nn.Module):
     """``x @ weight.T + bias``; parameters are created uninitialised.
 
     Args:
@@ -26,6 +26,8 @@ class Linear(nn.Linear):
         bias: whether there is one.
     """
 
+    bias: Tensor | None
+
     def __init__(
         self,
         inputs: int,
@@ -35,9 +37,10 @@ class Linear(nn.Linear):
         dtype: torch.dtype,
         bias: bool = False,
     ) -> None:
-        # By way of the meta device, which skips nn.Linear's own random initialisation.
-        super().__init__(inputs, outputs, bias=bias, device="meta", dtype=dtype)
-        self.to_empty(device=device)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
+        vector = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
+        self.register_parameter("bias", vector)
         self._packed: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:

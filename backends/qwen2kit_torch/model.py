@@ -121,8 +121,8 @@ class Decoder(nn.Module):
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        embedding = nn.Embedding(spec.vocab_size, spec.hidden_size, device="meta", dtype=dtype)
-        self.embed_tokens = embedding.to_empty(device=device)
+        weight = torch.empty(spec.vocab_size, spec.hidden_size, device=device, dtype=dtype)
+        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, layer, device, dtype) for layer in range(spec.num_hidden_layers)
         )
