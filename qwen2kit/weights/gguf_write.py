@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from qwen2kit.errors import ConfigError
 from qwen2kit.weights.checkpoint import Checkpoint
@@ -71,14 +72,16 @@ def write_gguf(
         _add_general(writer, source, gguf_type)
         _add_model(writer, metadata)
         _add_tokenizer(writer, source, vocabulary)
-        sums = _write_tensors(writer, source.weights, rows, progress)
-        writer.close()
-        with temporary.open("rb+") as file:
+        _write_head(writer, rows)
+        with temporary.open("ab") as file:
+            sums = _write_tensors(file, writer.data_alignment, source.weights, rows, progress)
+            file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
     except BaseException:
-        writer.close()
+        with suppress(OSError):  # closing flushes, which fails again on a full disk
+            writer.close()
         temporary.unlink(missing_ok=True)
         raise
     return sums
@@ -158,9 +161,7 @@ def _add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocabulary: GgufVocab
         writer.add_chat_template(template)
 
 
-def _write_tensors(
-    writer: GGUFWriter, weights: WeightSource, rows: list[_Row], progress: Progress
-) -> dict[str, str]:
+def _write_head(writer: GGUFWriter, rows: list[_Row]) -> None:
     import numpy as np
 
     for row in rows:
@@ -170,13 +171,27 @@ def _write_tensors(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    writer.close()
+
+
+def _write_tensors(
+    file: BinaryIO, alignment: int, weights: WeightSource, rows: list[_Row], progress: Progress
+) -> dict[str, str]:
+    """Append the data, every tensor at a multiple of ``alignment``; returns sha256 by name.
+
+    The library's own ``write_tensor_data`` reports a full disk without saying that it is one.
+    """
+    import numpy as np
+
     sums: dict[str, str] = {}
     for row in rows:
         progress(row.slot.name)
         parts = [_encode(weights.read(param.name), row.type) for param in row.slot.params]
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        writer.write_tensor_data(data)
+        file.write(bytes(-file.tell() % alignment))
+        file.write(data.data)
         sums[row.slot.name] = hashlib.sha256(data.data).hexdigest()
+    file.write(bytes(-file.tell() % alignment))
     return sums
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,11 @@ class SafetensorsFileWriter:
         header, self._offsets = _header(tensors, metadata or {})
         self._start = len(header)
         self._file: BinaryIO = self._temporary.open("wb")
-        self._file.write(header)
+        try:
+            self._file.write(header)
+        except BaseException:
+            self.abort()
+            raise
 
     def write(self, name: str, tensor: HostTensor) -> None:
         """Write one planned tensor.
@@ -94,7 +99,8 @@ class SafetensorsFileWriter:
 
     def abort(self) -> None:
         """Remove the temporary file; the final name stays untouched."""
-        self._file.close()
+        with suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> SafetensorsFileWriter:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,32 @@ def test_a_failure_leaves_nothing_behind(source: Checkpoint, tmp_path: Path, to:
     out = tmp_path / ("out.gguf" if to == "gguf" else "out")
     with pytest.raises(OSError, match="no space left"):
         convert(source, out, to=to, progress=explode)
+    assert list(tmp_path.iterdir()) == []
+
+
+_LIMITED = """
+import resource, signal, sys
+from pathlib import Path
+from qwen2kit.weights.checkpoint import open_checkpoint
+from qwen2kit.weights.convert import convert
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+try:
+    convert(open_checkpoint(Path(sys.argv[1])), Path(sys.argv[2]), to=sys.argv[3])
+except OSError as error:
+    print(type(error).__name__, error.errno)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
+@pytest.mark.parametrize("to", ["hf", "mlx", "gguf"])
+def test_a_write_that_the_system_refuses_leaves_nothing(
+    source: Checkpoint, tmp_path: Path, to: Format
+) -> None:
+    out = tmp_path / ("out.gguf" if to == "gguf" else "out")
+    command = [sys.executable, "-c", _LIMITED, str(source.path), str(out), to, "100000"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.stdout.split() == ["OSError", str(errno.EFBIG)], result.stderr
     assert list(tmp_path.iterdir()) == []
 
 
