@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 from qwen2kit.backend.protocol import TrainableModel
@@ -25,10 +26,12 @@ class Evaluator:
             self._questions = tuple(generate(config.data.seed, config.eval.questions, True))
 
     def measure(self, model: TrainableModel) -> dict[str, Any]:
-        """``loss`` in nats per supervised token, ``exact_match`` from 0 to 1 (and by kind)."""
+        """``loss`` in nats per supervised token (None if not finite), ``exact_match`` from 0 to 1
+        (and by kind)."""
         figures: dict[str, Any] = {}
         if self._held_out is not None:
-            figures["loss"] = self._loss(model, self._held_out)
+            loss = self._loss(model, self._held_out)
+            figures["loss"] = loss if isfinite(loss) else None
         if self._questions:
             result = exact_match(model, self._tokenizer, self._questions)
             figures["exact_match"] = result.score

@@ -110,8 +110,9 @@ class LiveTable:
 def eval_cells(record: Record) -> dict[str, str]:
     """The figures of an evaluation, formatted, by heading."""
     cells = {}
-    if record.get("loss") is not None:
-        cells["held-out loss"] = f"{record['loss']:.4f}"
+    if "loss" in record:
+        loss = record["loss"]
+        cells["held-out loss"] = "not finite" if loss is None else f"{loss:.4f}"
     if record.get("exact_match") is not None:
         cells["exact match"] = f"{100 * record['exact_match']:.1f} %"
     return cells

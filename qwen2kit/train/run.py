@@ -266,7 +266,7 @@ class _Runner:
             **values,
             "provenance": self.provenance,
         }
-        text = json.dumps(document, indent=2, ensure_ascii=False)
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
         write_text_atomically(self.run_dir / RUN_FILE, text + "\n")
 
     def _note(self, text: str) -> None:
