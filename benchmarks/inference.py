@@ -4,9 +4,9 @@
 
 Every implementation runs in a process of its own and stays loaded; repetitions alternate
 (A B C D, A B C D, ...), so drift of the machine hits all of them, and ratios are taken repetition
-by repetition. Greedy decoding; the token ids of every implementation are compared as well.
-transformers runs with SDPA and its default cache, which measured faster here than its static
-cache without a compiler; ``--compile-transformers`` adds static cache + torch.compile.
+by repetition. Loading is model and tokenizer up to the first token. Decoding is greedy, and the
+token ids of every implementation are compared as well. transformers runs with SDPA and its
+default cache; ``--compile-transformers`` adds its static cache with torch.compile.
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Ours:
 class Transformers:
     def __init__(self, path: str, dtype: str, compiled: bool) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.torch = torch
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModelForCausalLM.from_pretrained(
             path, dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map=device
@@ -81,10 +82,10 @@ class Transformers:
 class MlxLm:
     def __init__(self, path: str, dtype: str) -> None:
         import mlx.core as mx
-        from mlx_lm.utils import load_model
+        from mlx_lm import load
 
         self.mx = mx
-        self.model, _ = load_model(Path(path))
+        self.model, self.tokenizer = load(path)
         del dtype  # the directory's own
 
     def stream(self, prompt: list[int], count: int) -> Iterator[int]:
