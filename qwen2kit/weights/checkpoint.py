@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -83,6 +84,7 @@ def _open_directory(path: Path) -> Checkpoint:
         check_fits(spec, weights)
     except Qwen2KitError as error:
         raise type(error)(_with_path(path, str(error))) from error
+    tokenizer = cache(lambda: _tokenizer_from_dir(path))
     return Checkpoint(
         path=path,
         format="mlx" if mlx else "hf",
@@ -90,8 +92,8 @@ def _open_directory(path: Path) -> Checkpoint:
         weights=weights,
         dtype=_float_dtype(path, weights),
         quantization=quantization,
-        generation=read_generation(path, spec),
-        load_tokenizer=lambda: _tokenizer_from_dir(path),
+        generation=read_generation(path, spec, tokenizer),
+        load_tokenizer=tokenizer,
     )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwen2kit.errors import ConfigError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.hf_layout import read_json
+
+if TYPE_CHECKING:
+    from qwen2kit.tokenizer.bpe import Tokenizer
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _HF_TOP_K = 50  # transformers' value for sampling without top_k
@@ -57,13 +60,15 @@ class GenerationDefaults:
         return document
 
 
-def read_generation(directory: Path, spec: ModelSpec) -> GenerationDefaults:
+def read_generation(
+    directory: Path, spec: ModelSpec, tokenizer: Callable[[], Tokenizer]
+) -> GenerationDefaults:
     """Defaults of a model directory, from generation_config.json, config.json and tokenizer files.
 
     A model with a chat template stops on both ``<|im_end|>`` and ``<|endoftext|>``, whatever its
     configs list: some name only one. Ids outside the vocabulary are dropped. Without
     generation_config.json (or with ``do_sample`` false) decoding is greedy; sampling without
-    ``top_k`` means 50, as in transformers.
+    ``top_k`` means 50, as in transformers. ``tokenizer`` is called only for a chat model.
 
     Raises:
         ConfigError: a value has the wrong type or range; the message names the file and key.
@@ -72,7 +77,7 @@ def read_generation(directory: Path, spec: ModelSpec) -> GenerationDefaults:
     config = read_json(path) if path.is_file() else {}
     listed = [*_ids(path, config.get("eos_token_id")), *_spec_ids(spec)]
     if has_chat_template(directory):
-        listed += _end_ids(directory)
+        listed += _end_ids(tokenizer())
     sampling = config.get("do_sample") is True
     repetition = _number(path, config, "repetition_penalty", 1.0, low=0.0, open_low=True)
     return GenerationDefaults(
@@ -107,33 +112,9 @@ def _spec_ids(spec: ModelSpec) -> list[int]:
     return list(eos) if isinstance(eos, tuple) else [] if eos is None else [eos]
 
 
-def _end_ids(directory: Path) -> list[int]:
-    found = _added_tokens(directory)
-    if not all(token in found for token in END_TOKENS):
-        from qwen2kit.tokenizer.bpe import Tokenizer
-
-        tokenizer = Tokenizer.from_dir(directory)
-        ids = {token: tokenizer.token_to_id(token) for token in END_TOKENS}
-        found |= {token: number for token, number in ids.items() if number is not None}
-    return [found[token] for token in END_TOKENS if token in found]
-
-
-def _added_tokens(directory: Path) -> dict[str, int]:
-    path = directory / "tokenizer_config.json"
-    decoder = read_json(path).get("added_tokens_decoder") if path.is_file() else None
-    if isinstance(decoder, Mapping):
-        return {
-            str(entry.get("content")): int(number)
-            for number, entry in decoder.items()
-            if isinstance(entry, Mapping) and str(number).isdecimal()
-        }
-    path = directory / "tokenizer.json"
-    added = read_json(path).get("added_tokens") if path.is_file() else None
-    return {
-        str(entry.get("content")): entry["id"]
-        for entry in (added if isinstance(added, list) else ())
-        if isinstance(entry, Mapping) and type(entry.get("id")) is int
-    }
+def _end_ids(tokenizer: Tokenizer) -> list[int]:
+    ids = [tokenizer.token_to_id(token) for token in END_TOKENS]
+    return [number for number in ids if number is not None]
 
 
 def _ids(path: Path, value: object) -> list[int]:
