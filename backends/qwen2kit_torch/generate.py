@@ -89,7 +89,12 @@ class _Batch:
 
     @torch.inference_mode()
     def advance(self, running: Sequence[int], tokens: Sequence[int]) -> None:
-        """Feed ``tokens`` to the rows that go on; the others leave the batch."""
+        """Feed ``tokens`` to the rows that go on; the others leave the batch.
+
+        The first call packs the weights: it costs some ten decode steps, which scoring and
+        loading are spared.
+        """
+        self._model.pack()
         if len(running) < len(self._cache.lengths):
             self._cache.keep_rows(running)
         fed: Tensor = torch.tensor(tokens, device=self._device)[:, None]

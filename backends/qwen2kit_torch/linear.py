@@ -52,13 +52,18 @@ class Linear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
     def pack(self) -> None:
-        """Move the weight into oneDNN's blocked layout, if that helps on this device.
+        """Move a frozen weight into oneDNN's blocked layout, if that helps on this device.
 
-        For inference only. The plain weight is dropped; `dense_weight` restores it exactly.
+        The plain weight is dropped; `dense_weight` restores it exactly.
         """
-        self._packed = pack(self.weight)
+        if self._packed is None:
+            self._packed = pack(self.weight)
         if self._packed is not None:
             self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
+
+    def discard(self) -> None:
+        """Forget a packed weight, before a new plain one is assigned."""
+        self._packed = None
 
     def dense_weight(self) -> Tensor:
         """The weight ``[outputs, inputs]``, unpacked if need be."""
@@ -73,8 +78,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def pack(weight: Tensor) -> Tensor | None:
-    """``weight`` in oneDNN's opaque blocked layout, or None where plain is as good."""
-    if weight.dtype != torch.bfloat16 or not _usable(weight):
+    """``weight`` in oneDNN's opaque blocked layout, or None where plain is as good or trains."""
+    if weight.requires_grad or weight.dtype != torch.bfloat16 or not _usable(weight):
         return None
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_FOR_TOKENS)
     return packed

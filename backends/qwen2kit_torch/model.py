@@ -162,6 +162,7 @@ class Qwen2(nn.Module):
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
         self._packed_head: Tensor | None = None
+        self._settled = False
         self._rotary = Rotary(spec)
         self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
@@ -234,15 +235,26 @@ class Qwen2(nn.Module):
         return logits
 
     def pack(self) -> None:
-        """Bring all weights into the layout that is fastest for inference on their device.
+        """Bring frozen weights into the layout that decodes fastest on their device, once.
 
-        Afterwards the model cannot be trained; parameters are read through `dense_weight`.
+        Afterwards they are read through `Linear.dense_weight`. Trainable weights stay as they are.
         """
+        if self._settled:
+            return
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
         if self.spec.tie_word_embeddings:
             self._packed_head = pack(self.model.embed_tokens.weight)
+        self._settled = True
+
+    def discard_packed(self) -> None:
+        """Forget packed weights, before all plain ones are assigned anew."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.discard()
+        self._packed_head = None
+        self._settled = False
 
     def _rope(
         self, positions: Tensor | None, start: list[int], length: int, like: Tensor

@@ -45,12 +45,12 @@ def load_weights(
     started = time.perf_counter()
     check_fits(model.spec, weights)
     total = 0
+    if share:
+        model.discard_packed()
     for param in schema(model.spec):
         host = weights.read(param.name)
         total += host.nbytes
         _assign(model, param.name, as_tensor(host), device, share)
-    if share:
-        model.pack()
     return LoadReport(
         tensors=len(schema(model.spec)), bytes=total, seconds=time.perf_counter() - started
     )

@@ -41,11 +41,15 @@ def test_registered_and_complete() -> None:
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_export_returns_what_was_loaded(name: str, dtype: Any) -> None:
+@pytest.mark.parametrize("generated_before", [False, True])
+def test_export_returns_what_was_loaded(name: str, dtype: Any, generated_before: bool) -> None:
     spec = SPECS[name]
     exact = random_weights(spec)
     source = MemorySource({n: exact.read(n).astype(dtype) for n in exact.names()})
-    exported = list(ours(spec, source, dtype=dtype).export())
+    model = ours(spec, source, dtype=dtype)
+    if generated_before:
+        list(model.generate([TOKENS], Sampling(max_new_tokens=3)))
+    exported = list(model.export())
     assert [n for n, _ in exported] == [param.name for param in schema(spec)]
     for n, tensor in exported:
         assert tensor.dtype == dtype
@@ -86,6 +90,7 @@ def test_read_only_buffers_are_shared_and_never_written() -> None:
 def test_loading_again_replaces_everything(dtype: str) -> None:
     spec = SPECS["tied"]
     model = ours(spec, random_weights(spec, seed=1), dtype=dtype)
+    list(model.generate([TOKENS], Sampling(max_new_tokens=3)))
     model.load(random_weights(spec))
     assert np.array_equal(model.logits(TOKENS), ours(spec, dtype=dtype).logits(TOKENS))
 

@@ -111,6 +111,7 @@ def test_inference_kernels_equal_the_plain_product(dtype: str, rows: int) -> Non
     layer = Linear(96, 80, device=torch.device("cpu"), dtype=getattr(torch, dtype), bias=True)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
+    layer.requires_grad_(False)
     x = torch.randn(2, rows, 96).to(layer.weight.dtype)
     weight = layer.weight.detach().clone()
     expected = torch.nn.functional.linear(x.double(), weight.double(), layer.bias.double())
