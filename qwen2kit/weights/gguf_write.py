@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from qwen2kit.errors import ConfigError
 from qwen2kit.weights.checkpoint import Checkpoint
+from qwen2kit.weights.generation import END_TOKENS
 from qwen2kit.weights.gguf_names import GgufSlot, gguf_slots
 from qwen2kit.weights.gguf_spec import ARCHITECTURES, spec_to_gguf
 from qwen2kit.weights.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
@@ -64,14 +65,15 @@ def write_gguf(
     from gguf import GGUFWriter
 
     metadata = spec_to_gguf(source.spec)
-    vocabulary = gguf_vocabulary(source.tokenizer(), source.spec.vocab_size)
+    tokenizer = source.tokenizer()
+    vocabulary = gguf_vocabulary(tokenizer, source.spec.vocab_size)
     rows = list(_rows(source, gguf_type))
     temporary = path.with_name(f".{path.name}.partial")
     writer = GGUFWriter(temporary, ARCHITECTURES[source.spec.model_type])
     try:
         _add_general(writer, source, gguf_type)
         _add_model(writer, metadata)
-        _add_tokenizer(writer, source, vocabulary)
+        _add_tokenizer(writer, source, vocabulary, tokenizer.chat_template)
         _write_head(writer, rows)
         with temporary.open("ab") as file:
             sums = _write_tensors(file, writer.data_alignment, source.weights, rows, progress)
@@ -134,7 +136,9 @@ def _add_model(writer: GGUFWriter, metadata: dict[str, Any]) -> None:
             writer.add_float32(key, value)
 
 
-def _add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocabulary: GgufVocabulary) -> None:
+def _add_tokenizer(
+    writer: GGUFWriter, source: Checkpoint, vocabulary: GgufVocabulary, template: str | None
+) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
     writer.add_token_list(vocabulary.tokens)
@@ -145,7 +149,9 @@ def _add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocabulary: GgufVocab
     eos = spec.eos_token_id[0] if isinstance(spec.eos_token_id, tuple) else spec.eos_token_id
     if eos not in stops and stops:
         eos = stops[0]
-    others = [token for token in stops if token != eos]
+    # Readers find the family's end tokens by name where there is a chat template.
+    named = END_TOKENS if template is not None else ()
+    others = [i for i in stops if i != eos and vocabulary.tokens[i] not in named]
     ids = {
         "bos": spec.bos_token_id,
         "eos": eos,
@@ -156,7 +162,6 @@ def _add_tokenizer(writer: GGUFWriter, source: Checkpoint, vocabulary: GgufVocab
         if token is not None and 0 <= token < spec.vocab_size:
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
     writer.add_add_bos_token(False)
-    template = source.tokenizer().chat_template
     if template is not None:
         writer.add_chat_template(template)
 
