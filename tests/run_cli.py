@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+# One thread: the models are tiny, and threads that wait for each other cost more than they give.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+ALL_THREADS = {"OMP_NUM_THREADS": str(os.cpu_count())}
 
 # Makes the named top-level packages look uninstalled, then runs the CLI.
 HIDE = """

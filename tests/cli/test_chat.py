@@ -12,7 +12,7 @@ import pytest
 from qwen2kit.backend.registry import installed
 from qwen2kit.cli import chat_loop
 from qwen2kit.errors import BackendError
-from tests.run_cli import run_cli, run_json
+from tests.run_cli import ALL_THREADS, run_cli, run_json
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -170,7 +170,7 @@ def test_real_model_writes_a_prime_test_and_stops(real_gguf: Path, backend: str)
     question = "Write a Python function is_prime(n). Reply with one code block and nothing else."
     document = run_json(
         "chat", real_gguf, "--backend", backend, "--prompt", question, "--greedy",
-        "--max-new-tokens", "400", timeout=280,
+        "--max-new-tokens", "400", timeout=280, env=ALL_THREADS,
     )  # fmt: skip
     assert document["finish_reason"] == "stop"
     code = document["text"].split("```python")[1].split("```")[0]
