@@ -18,6 +18,7 @@ from qwen2kit_mlx.kv_cache import KVCache
 from qwen2kit_mlx.model import Decoder
 
 LOGIT_ROWS = 128  # positions whose vocabulary row exists at the same time
+SUM_BLOCK = 512  # terms added up in one go
 
 
 def score(
@@ -71,7 +72,16 @@ def _look_up(
             continue
         logits_NV = decoder.logits(hidden_ND[start : start + LOGIT_ROWS]).astype(mx.float32)
         row, token = mx.array(rows[inside] - start), mx.array(tokens[inside])
-        logprob = logits_NV[row, token] - mx.logsumexp(logits_NV, axis=-1)[row]
+        logprob = logits_NV[row, token] - _logsumexp(logits_NV)[row]
         logprobs[inside] = np.asarray(logprob)
         best[inside] = np.asarray(mx.argmax(logits_NV, axis=-1)[row] == token)
     return logprobs, best
+
+
+def _logsumexp(logits_NV: mx.array) -> mx.array:
+    """``[N]``, summed in two levels: one float32 sum over 150 thousand terms on the CPU is off by
+    up to 7e-4 nats a token, which adds up over a continuation."""
+    count, vocab = logits_NV.shape
+    padded = mx.pad(logits_NV, [(0, 0), (0, -vocab % SUM_BLOCK)], constant_values=-mx.inf)
+    blocks = mx.logsumexp(padded.reshape(count, -1, SUM_BLOCK), axis=-1)
+    return mx.logsumexp(blocks, axis=-1)
