@@ -62,17 +62,20 @@ class EmbeddedData:
 
     Attributes:
         seed: of the generator.
-        questions: size of the training split; the held-out split is disjoint from it.
+        questions: size of the training split.
+        held_out: size of the held-out split, which is disjoint from it.
     """
 
     kind: Literal["embedded"] = "embedded"
     seed: int = 0
     questions: int = 20_000
+    held_out: int = 300
 
     def __post_init__(self) -> None:
         check(
             (self.seed >= 0, f"seed must not be negative, got {self.seed}"),
             (self.questions >= 1, f"questions must be at least 1, got {self.questions}"),
+            (self.held_out >= 1, f"held_out must be at least 1, got {self.held_out}"),
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import field, fields
 from typing import Literal
 
-from qwen2kit.config.data_tree import DataConfig, is_chat
+from qwen2kit.config.data_tree import DataConfig, EmbeddedData, is_chat
 from qwen2kit.config.node import check, node
 from qwen2kit.config.train_tree import TrainConfig
 
@@ -191,7 +191,12 @@ class RunConfig:
                 "task sft needs conversations: choose a data.format other than text",
             ),
             (
-                self.eval.questions == 0 or self.data.kind == "embedded",
+                self.eval.questions == 0 or isinstance(self.data, EmbeddedData),
                 "eval.questions needs data.kind = embedded (other data has no short answers)",
+            ),
+            (
+                not isinstance(self.data, EmbeddedData)
+                or self.eval.questions <= self.data.held_out,
+                "eval.questions must not exceed data.held_out",
             ),
         )

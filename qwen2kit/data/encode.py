@@ -80,7 +80,8 @@ def read_messages(
 ) -> Iterator[tuple[Row, list[Message]]]:
     """The conversations of ``data`` with the rows they come from."""
     if isinstance(data, EmbeddedData):
-        for number, question in enumerate(generate(data.seed, data.questions, held_out), 1):
+        count = data.held_out if held_out else data.questions
+        for number, question in enumerate(generate(data.seed, count, held_out), 1):
             yield Row("embedded corpus", number, {}), conversation(question)
         return
     assert not isinstance(data, TextData)

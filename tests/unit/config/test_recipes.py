@@ -121,6 +121,7 @@ def test_all_errors_come_at_once_with_dotted_paths() -> None:
         ("train.schedule.warmup=2.0", "warmup is a fraction"),
         ("seq_len=1", "seq_len must be at least 2"),
         ("seq_len=true", "seq_len should be a valid integer"),
+        ("eval.questions=301", "must not exceed data.held_out"),
         ("checkpoint.keep=0", "keep must be at least 1"),
         ("eval.fraction=1.5", "fraction must be in"),
         ("data.kind=text data", "data.kind must be one of"),

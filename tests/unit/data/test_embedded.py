@@ -20,10 +20,12 @@ def solve(kind: str, asked: str) -> str | None:
     """The answer worked out from the wording alone; None for invented facts."""
     numbers = [int(n) for n in re.findall(r"\d+", asked)]
     letters = asked.partition(": ")[2].rstrip("?").split()
-    if kind in ("add", "add-small"):
+    if kind in ("add", "add-digit"):
         return str(sum(numbers))
-    if kind == "subtract":
+    if kind == "subtract-digit":
         return str(numbers[0] - numbers[1])
+    if kind == "next":
+        return str(numbers[0] + (1 if "after" in asked else -1))
     if kind == "compare":
         return str(max(numbers) if "larger" in asked else min(numbers))
     if kind == "count":
@@ -57,7 +59,7 @@ def test_splits_share_no_question_and_facts_agree() -> None:
     sums = {
         frozenset(Counter(re.findall(r"\d+", text(q))).items())
         for q in train
-        if q.kind in ("add", "add-small")
+        if q.kind in ("add", "add-digit")
     }
     for question in held:
         if question.kind == "add":

@@ -110,7 +110,7 @@ def test_embedded_splits_are_disjoint_and_texts_train_a_tokenizer() -> None:
     tokenizer = train_bbpe(texts, 320)
     train, _ = encode_corpus(EmbeddedData(questions=300), tokenizer, task="sft", seq_len=128)
     held, _ = encode_corpus(
-        EmbeddedData(questions=100), tokenizer, task="sft", seq_len=128, held_out=True
+        EmbeddedData(held_out=100), tokenizer, task="sft", seq_len=128, held_out=True
     )
 
     def documents(corpus: Any) -> set[tuple[int, ...]]:
