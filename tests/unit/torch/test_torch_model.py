@@ -104,15 +104,20 @@ def test_gradients_match_transformers() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_inference_kernels_equal_the_plain_product(dtype: str, rows: int) -> None:
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 80), (520, 512)])
+def test_inference_kernels_equal_the_plain_product(
+    dtype: str, rows: int, inputs: int, outputs: int
+) -> None:
     from qwen2kit_torch.linear import Linear
 
     torch.manual_seed(0)
-    layer = Linear(96, 80, device=torch.device("cpu"), dtype=getattr(torch, dtype), bias=True)
+    layer = Linear(
+        inputs, outputs, device=torch.device("cpu"), dtype=getattr(torch, dtype), bias=True
+    )
     for parameter in layer.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=inputs**-0.5)
     layer.requires_grad_(False)
-    x = torch.randn(2, rows, 96).to(layer.weight.dtype)
+    x = torch.randn(2, rows, inputs).to(layer.weight.dtype)
     weight = layer.weight.detach().clone()
     expected = torch.nn.functional.linear(x.double(), weight.double(), layer.bias.double())
     layer.pack()
