@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 
 import mlx.core as mx
 
+from qwen2kit.backend.limits import context_limit
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
 from qwen2kit.errors import BackendError
@@ -55,10 +57,13 @@ class MLXBackend:
             raise BackendError(
                 f"the mlx backend does not run mixture-of-experts models ({spec.model_type})"
             )
+        # MLX's CUDA build rounds float32 products to TF32 unless told otherwise; float32 here means
+        # float32, or no comparison between backends would.
+        os.environ.setdefault("MLX_ENABLE_TF32", "0")
         device = self._device(plan.device)
         on_cpu = device.type == mx.cpu
         name = plan.dtype if plan.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu), _limit(spec, plan))
+        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu), context_limit(spec, plan))
 
     def _device(self, name: str) -> mx.Device:
         usable = [device.name for device in self.devices()]
@@ -87,19 +92,3 @@ def _kernels(on_cpu: bool) -> Kernels:
     if on_cpu and sys.platform != "darwin":
         return HostKernels()
     return NativeKernels(fuse=not on_cpu)
-
-
-def _limit(spec: ModelSpec, plan: ExecutionPlan) -> int:
-    """Positions a sequence may fill. Within ``chunk_size + 1`` tokens dual chunk attention is
-    ordinary attention (arXiv 2402.17463); longer sequences would need the real thing."""
-    limit, reason = spec.max_position_embeddings, "max_position_embeddings"
-    if spec.dual_chunk is not None and spec.dual_chunk.chunk_size + 1 < limit:
-        limit = spec.dual_chunk.chunk_size + 1
-        reason = "chunk_size + 1; the mlx backend has no dual chunk attention"
-    if plan.max_seq_len is None:
-        return limit
-    if plan.max_seq_len > limit:
-        raise BackendError(
-            f"max_seq_len={plan.max_seq_len} is more than this model takes: {limit} ({reason})"
-        )
-    return plan.max_seq_len

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2kit.backend.limits import check_scores, check_tokens
 from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
@@ -63,7 +64,7 @@ class MLXModel:
     def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
         """See `CompiledModel.logits`."""
         decoder = self._ready()
-        self._check_tokens(tokens, "sequence")
+        check_tokens(tokens, self.spec, self._limit, "sequence")
         out_TV = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
         with mx.stream(self._device):
             x_TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None)[0]
@@ -75,7 +76,7 @@ class MLXModel:
     def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
         """See `CompiledModel.hidden_states`."""
         decoder = self._ready()
-        self._check_tokens(tokens, "sequence")
+        check_tokens(tokens, self.spec, self._limit, "sequence")
         trace: list[mx.array] = []
         with mx.stream(self._device):
             x_1TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None, trace)
@@ -85,14 +86,7 @@ class MLXModel:
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """See `CompiledModel.score`."""
         decoder = self._ready()
-        for index, request in enumerate(requests):
-            if not request.context or not request.continuation:
-                raise BackendError(
-                    f"score request {index} needs at least one context and one continuation token"
-                )
-            self._check_tokens(
-                (*request.context, *request.continuation), f"score request {index}", scored=1
-            )
+        check_scores(requests, self.spec, self._limit)
         return score(decoder, requests, self._device)
 
     def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
@@ -103,7 +97,7 @@ class MLXModel:
         """
         decoder = self._ready()
         for index, prompt in enumerate(prompts):
-            self._check_tokens(prompt, f"prompt {index}")
+            check_tokens(prompt, self.spec, self._limit, f"prompt {index}")
         if not prompts:
             return iter(())
         return generate(decoder, prompts, sampling, self._limit, self._device)
@@ -112,19 +106,3 @@ class MLXModel:
         if self._decoder is None:
             raise BackendError("the model has no weights yet; call load first")
         return self._decoder
-
-    def _check_tokens(self, tokens: TokenIds, what: str, *, scored: int = 0) -> None:
-        """``scored`` trailing tokens are looked up but not fed, so they need no position."""
-        if not tokens:
-            raise BackendError(f"{what} is empty; give it at least one token")
-        if len(tokens) - scored > self._limit:
-            raise BackendError(
-                f"{what} has {len(tokens) - scored} tokens, this model takes {self._limit}; "
-                "shorten it"
-            )
-        lowest, highest = min(tokens), max(tokens)
-        if lowest < 0 or highest >= self.spec.vocab_size:
-            raise BackendError(
-                f"{what} holds token id {lowest if lowest < 0 else highest}, outside the "
-                f"vocabulary of {self.spec.vocab_size}; the tokenizer does not fit the model"
-            )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from qwen2kit.backend.limits import check_scores, check_tokens, context_limit
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
 from qwen2kit.errors import BackendError
@@ -17,7 +18,6 @@ from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.devices import resolve_device, resolve_dtype
 from qwen2kit_torch.generate import generate
-from qwen2kit_torch.limits import check_tokens, context_limit
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.prefill import logits_in_slices
 from qwen2kit_torch.score import score
@@ -88,14 +88,8 @@ class TorchModel:
         Raises:
             BackendError: a request has an empty side, foreign token ids, or is too long.
         """
-        for index, request in enumerate(requests):
-            if not request.context or not request.continuation:
-                raise BackendError(
-                    f"score request {index} needs at least one context and one continuation token"
-                )
-            inputs = (*request.context, *request.continuation[:-1])
-            self._check(inputs, f"score request {index}")
-            self._check(request.continuation[-1:], f"score request {index}")
+        self._check_loaded()
+        check_scores(requests, self.spec, self.limit)
         return score(self.module, requests) if requests else iter(())
 
     def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:

@@ -72,7 +72,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
             pretrained = load_model(pretrained, backend=backend, plan=plan)
         self.loaded = pretrained
         self.tokenizer = pretrained.tokenizer
-        limit = pretrained.model.spec.max_position_embeddings
+        limit = pretrained.model.spec.context_length
         self.max_length = limit if max_length is None else min(int(max_length), limit)
         self.max_gen_toks = int(max_gen_toks)
         self.seed = int(seed)

@@ -52,7 +52,7 @@ def parity(
     prompts = prompt_set(
         checkpoint.tokenizer(),
         max_tokens=max_tokens,
-        context=checkpoint.spec.max_position_embeddings,
+        context=checkpoint.spec.context_length,
     )
     with console().status("") as status:
         results = compare_all(

@@ -135,7 +135,7 @@ class ChatSession:
             tokens = tokenizer.encode_chat(messages)
         else:
             tokens = tokenizer.encode(text, allow_special=False)
-        limit = self.loaded.checkpoint.spec.max_position_embeddings
+        limit = self.loaded.checkpoint.spec.context_length
         if len(tokens) >= limit:
             again = self.is_chat and self._turns
             remedy = "start over (/reset) or say less" if again else "shorten it"
@@ -171,7 +171,7 @@ class _Run:
         yield from self._keep(decoder.finish())
 
     def answer(self) -> Answer:
-        limit = self._loaded.checkpoint.spec.max_position_embeddings
+        limit = self._loaded.checkpoint.spec.context_length
         return Answer(
             text="".join(self._pieces),
             prompt_tokens=len(self._prompt),

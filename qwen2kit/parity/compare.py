@@ -149,7 +149,7 @@ class _Record:
         import numpy as np
 
         output: list[int] = []
-        room = checkpoint.spec.max_position_embeddings - len(prompt.tokens)
+        room = checkpoint.spec.context_length - len(prompt.tokens)
         if min(count, room) > 0 and len(prompt.tokens) <= GREEDY_PROMPT_TOKENS:
             stop = checkpoint.generation.stop_token_ids
             output = peer.greedy(prompt.tokens, min(count, room), stop)

@@ -174,6 +174,17 @@ class ModelSpec:
         return "qwen2" if self.moe is None else "qwen2_moe"
 
     @property
+    def context_length(self) -> int:
+        """Positions the model is meant for: ``max_position_embeddings``, or with YaRN at least
+        ``factor`` times the training length, since published configs switch YaRN on without
+        raising ``max_position_embeddings``."""
+        scaling = self.rope.scaling
+        if isinstance(scaling, YarnScaling):
+            stretched = int(scaling.factor * scaling.original_max_position_embeddings)
+            return max(self.max_position_embeddings, stretched)
+        return self.max_position_embeddings
+
+    @property
     def num_key_value_groups(self) -> int:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_key_value_heads

@@ -82,3 +82,11 @@ class PackedSource:
     def relabel(self, name: str, **changes: object) -> None:
         """Make the stored format of ``name`` lie."""
         self._packed[name] = replace(self._packed[name], **changes)  # type: ignore[arg-type]
+
+
+def assert_dense(actual: HostTensor, expected: HostTensor) -> None:
+    """Equal to the bit on CPUs; GPUs fuse ``scale * q + bias`` into one rounding."""
+    if mx.default_device().type == mx.DeviceType.cpu:
+        assert np.array_equal(actual.float32(), expected.float32())
+    else:
+        np.testing.assert_allclose(actual.float32(), expected.float32(), rtol=1e-6, atol=1e-6)

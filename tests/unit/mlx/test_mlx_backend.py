@@ -42,7 +42,7 @@ def test_devices_begin_with_the_default() -> None:
         (ExecutionPlan(train=TrainPlan()), "training runs on torch"),
         (ExecutionPlan(device="cuda:0"), "no device 'cuda:0'"),
         (ExecutionPlan(device="tpu"), "it has: .*cpu"),
-        (ExecutionPlan(max_seq_len=257), "max_seq_len=257 .* 256"),
+        (ExecutionPlan(max_seq_len=257), "max_seq_len=257 .* 1 to 256"),
     ],
 )
 def test_plans_it_cannot_run_are_refused(plan: ExecutionPlan, message: str) -> None:

@@ -142,10 +142,11 @@ def test_closing_early_frees_the_cache(kernels: str) -> None:
     stream = ours.generate(PROMPTS * 8, Sampling(max_new_tokens=100))
     next(stream)
     next(stream)
-    assert mx.get_active_memory() > before + 500_000
+    during = mx.get_active_memory()
+    assert during > before + 500_000
     stream.close()  # type: ignore[attr-defined]
     mx.synchronize()
-    assert mx.get_active_memory() < before + 10_000
+    assert mx.get_active_memory() - before < (during - before) / 3
 
 
 def test_no_prompts_give_no_events() -> None:

@@ -15,7 +15,13 @@ from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD, schema  # noqa: E402
 from qwen2kit.weights.source import MemorySource  # noqa: E402
 from qwen2kit_mlx.backend import MLXBackend  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
-from tests.unit.mlx.setup_mlx import KERNELS, SPECS, PackedSource, model  # noqa: E402
+from tests.unit.mlx.setup_mlx import (  # noqa: E402
+    KERNELS,
+    SPECS,
+    PackedSource,
+    assert_dense,
+    model,
+)
 
 TOKENS = np.random.default_rng(4).integers(0, 199, 17).tolist()
 GATE_0 = next(p.name for p in schema(SPECS["tied"]) if "gate_proj" in p.name)
@@ -57,7 +63,7 @@ def test_packed_weights_compute_like_their_dense_values(bits: int, kernels: str)
         assert event.token == int(np.argmax(reference.logits(tokens)[-1]))
         tokens.append(event.token)
     for name, tensor in ours.export():
-        assert np.array_equal(tensor.float32(), source.read(name).float32())
+        assert_dense(tensor, source.read(name))
 
 
 def test_packed_weights_stay_packed() -> None:
@@ -86,7 +92,7 @@ def test_mixed_formats_in_one_layer(kernels: str) -> None:
     expected = ReferenceModel(spec, source).logits(TOKENS)
     assert np.abs(ours.logits(TOKENS) - expected).max() < 2e-5 * np.abs(expected).max()
     for name, tensor in ours.export():
-        assert np.array_equal(tensor.float32(), source.read(name).float32())
+        assert_dense(tensor, source.read(name))
 
 
 def test_a_stored_head_of_a_tied_model_is_ignored() -> None:

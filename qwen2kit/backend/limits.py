@@ -1,0 +1,80 @@
+"""How long a sequence may be, and the checks on token ids every backend makes before computing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.errors import BackendError
+from qwen2kit.spec.model import ModelSpec
+
+
+def context_limit(spec: ModelSpec, plan: ExecutionPlan, *, dual_chunk: bool = False) -> int:
+    """Longest sequence in tokens, new ones included; ``plan.max_seq_len`` can only lower it.
+
+    Args:
+        spec: the model.
+        plan: the caller's wishes.
+        dual_chunk: whether the backend has dual chunk attention. Without it such a model runs up
+            to ``chunk_size + 1`` tokens, where it equals full attention (arXiv 2402.17463).
+
+    Raises:
+        BackendError: ``plan.max_seq_len`` is not positive or exceeds what the model can take.
+    """
+    limit = _limit(spec, dual_chunk)
+    if plan.max_seq_len is None:
+        return limit
+    if not 1 <= plan.max_seq_len <= limit:
+        raise BackendError(
+            f"max_seq_len={plan.max_seq_len} is outside what this model can take here: "
+            f"1 to {limit} tokens{_dual_chunk_hint(spec, limit)}"
+        )
+    return plan.max_seq_len
+
+
+def check_tokens(tokens: Sequence[int], spec: ModelSpec, limit: int, what: str) -> None:
+    """Refuse empty, too long or out-of-vocabulary input.
+
+    Raises:
+        BackendError: naming ``what`` and the problem.
+    """
+    if not tokens:
+        raise BackendError(f"{what} is empty; it needs at least one token")
+    if len(tokens) > limit:
+        raise BackendError(
+            f"{what} has {len(tokens)} tokens, this model takes {limit}"
+            f"{_dual_chunk_hint(spec, limit)}; shorten it"
+        )
+    low, high = min(tokens), max(tokens)
+    if low < 0 or high >= spec.vocab_size:
+        raise BackendError(
+            f"{what} holds token id {low if low < 0 else high}, outside the vocabulary of "
+            f"{spec.vocab_size}; use the model's own tokenizer"
+        )
+
+
+def check_scores(requests: Sequence[ScoreRequest], spec: ModelSpec, limit: int) -> None:
+    """`check_tokens` for score requests; the last token is looked up and needs no position.
+
+    Raises:
+        BackendError: naming the request and the problem.
+    """
+    for index, request in enumerate(requests):
+        what = f"score request {index}"
+        if not request.context or not request.continuation:
+            raise BackendError(f"{what} needs at least one context and one continuation token")
+        check_tokens((*request.context, *request.continuation[:-1]), spec, limit, what)
+        check_tokens(request.continuation[-1:], spec, limit, what)
+
+
+def _limit(spec: ModelSpec, dual_chunk: bool) -> int:
+    if spec.dual_chunk is not None and not dual_chunk:
+        return min(spec.context_length, spec.dual_chunk.chunk_size + 1)
+    return spec.context_length
+
+
+def _dual_chunk_hint(spec: ModelSpec, limit: int) -> str:
+    if spec.dual_chunk is None or limit != spec.dual_chunk.chunk_size + 1:
+        return ""
+    return " (longer inputs need dual chunk attention, which this backend lacks)"
