@@ -3,7 +3,8 @@
 Every question has a key (its operands, letters or fact and wording). A hash of the key decides
 once and for all whether it belongs to the training or the held-out split, so no held-out question
 has been trained on, in any wording that shares its key: ``3 + 5`` and ``5 + 3`` are one key.
-Facts are invented; the held-out ones ask for a trained fact in a wording not trained for it.
+Sums have no carry and differences no borrow: that much a model learns in two minutes. Facts are
+invented; the held-out ones ask for a trained fact in a wording not trained for it.
 """
 
 from __future__ import annotations
@@ -64,19 +65,26 @@ _Draft = tuple[str, str, str]
 """Key, wording, answer."""
 
 
+def _digits(rng: Random) -> list[tuple[int, int]]:
+    """One or two columns ``(high, low)`` with ``high >= low``; the first is never ``(0, 0)``."""
+    columns = [(rng.randrange(1, 10), rng.randrange(10)) for _ in range(rng.randrange(1, 3))]
+    return [(max(column), min(column)) for column in columns]
+
+
+def _number(digits: list[int]) -> int:
+    return int("".join(map(str, digits)))
+
+
 def _add(rng: Random) -> _Draft:
-    a, b = rng.randrange(10, 100), rng.randrange(10, 100)
+    # high = low + other column by column, so that no column carries.
+    columns = _digits(rng)
+    a, b = _number([low for _, low in columns]), _number([high - low for high, low in columns])
     return f"add {min(a, b)} {max(a, b)}", f"What is {a} + {b}?", str(a + b)
 
 
-def _add_digit(rng: Random) -> _Draft:
-    a, b = rng.randrange(100), rng.randrange(10)
-    return f"add {min(a, b)} {max(a, b)}", f"What is {a} + {b}?", str(a + b)
-
-
-def _subtract_digit(rng: Random) -> _Draft:
-    a = rng.randrange(100)
-    b = rng.randrange(min(a, 9) + 1)
+def _subtract(rng: Random) -> _Draft:
+    columns = _digits(rng)
+    a, b = _number([high for high, _ in columns]), _number([low for _, low in columns])
     return f"sub {a} {b}", f"What is {a} - {b}?", str(a - b)
 
 
@@ -93,14 +101,8 @@ def _compare(rng: Random) -> _Draft:
 
 
 def _count(rng: Random) -> _Draft:
-    pool = rng.sample(_LETTERS, 2)
-    letters = rng.choices(pool, k=rng.randrange(3, 6))
-    text = " ".join(letters)
-    return (
-        f"count {pool[0]} {text}",
-        f"How many {pool[0]} are in: {text}?",
-        str(letters.count(pool[0])),
-    )
+    text = " ".join(rng.choices(_LETTERS, k=rng.randrange(1, 9)))
+    return f"count {text}", f"How many letters: {text}?", str(len(text.split()))
 
 
 def _sort(rng: Random) -> _Draft:
@@ -137,17 +139,16 @@ def _colour(rng: Random) -> _Draft:
 
 
 _FAMILIES: tuple[tuple[str, int, Callable[[Random], _Draft]], ...] = (
-    ("add", 5, _add),
-    ("add-digit", 8, _add_digit),
-    ("subtract-digit", 8, _subtract_digit),
+    ("add", 12, _add),
+    ("subtract", 12, _subtract),
     ("next", 8, _next),
     ("compare", 12, _compare),
-    ("count", 12, _count),
+    ("count", 10, _count),
     ("sort", 12, _sort),
-    ("reverse", 13, _reverse),
-    ("ends", 10, _end),
-    ("capital", 7, _capital),
-    ("flag", 5, _colour),
+    ("reverse", 12, _reverse),
+    ("ends", 8, _end),
+    ("capital", 8, _capital),
+    ("flag", 6, _colour),
 )
 KINDS = tuple(name for name, _, _ in _FAMILIES)
 

@@ -134,7 +134,7 @@ def test_resume_repeats_the_same_losses_and_weights(
 
 
 def test_resume_refuses_what_it_should(run_dir: Path, tmp_path: Path) -> None:
-    cases = {
+    cases: dict[str, tuple[str | Path, ...]] = {
         "nothing to do": ("--resume", run_dir),
         "not a run directory": ("--resume", tmp_path),
         "not both": ("--resume", run_dir, "--run-dir", tmp_path),
@@ -263,7 +263,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     bad_data = tmp_path / "rows.jsonl"
     bad_data.write_text('{"messages": 3}\n')
     sft = (f"data.paths=['{bad_data}']", "model.preset=tiny", "model.tokenizer=train")
-    cases = {
+    cases: dict[str, tuple[str | Path, ...]] = {
         "bad.toml: data.kind must be one of .*train.lrr: unknown key": (recipe,),
         "no recipe 'nope'": ("nope",),
         "must look like": ("tiny", "steps"),

@@ -178,8 +178,9 @@ def packed(spec: ModelSpec, lengths: list[int], seq_len: int) -> tuple[TokenBatc
         values = (ids[:-1], ids[1:], np.arange(length), np.full(length, row))
         for array, value in zip(together, values, strict=True):
             array[0, column : column + length] = value
-        for array, value in zip(apart, (*values[:3], np.zeros(length)), strict=True):
-            array[row, :length] = value
+        alone = (*values[:3], np.zeros(length))
+        for index, array in enumerate(apart):
+            array[row, :length] = alone[index]
         column += length
     return TokenBatch(*together), TokenBatch(*apart)
 
