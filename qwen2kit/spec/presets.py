@@ -43,7 +43,7 @@ _MOE_A27B = MoESpec(
 )
 
 _ROWS: dict[str, _Row] = {
-    "tiny": _Row(128, 4, 4, 2, 32, 384, 512, True, 512, theta=10_000.0, window=None),
+    "tiny": _Row(128, 3, 4, 2, 32, 256, 512, True, 512, theta=1_000.0, window=None),
     "qwen2-0.5b": _Row(896, 24, 14, 2, 64, 4864, 151936, True),
     "qwen2-1.5b": _Row(1536, 28, 12, 2, 128, 8960, 151936, True),
     "qwen2-7b": _Row(3584, 28, 28, 4, 128, 18944, 152064, False),

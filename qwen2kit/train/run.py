@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -211,7 +212,8 @@ class _Runner:
                 session.evaluate(session.progress)
             return self._train(session, screen)
         except Qwen2KitError as error:
-            self._write("failed", error=str(error))
+            with suppress(OSError):  # the disk may be full, which is then the error to report
+                self._write("failed", error=str(error))
             raise
 
     def _train(self, session: Session, screen: LiveTable | None) -> RunResult:
