@@ -153,6 +153,8 @@ def test_ctrl_c_in_one_shot_mode_is_one_line(model_dir: Path, tmp_path: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # A test run started in the background hands down an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(2.0)  # it now waits for its input, which never ends
     process.send_signal(signal.SIGINT)
