@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import typer
 
+from qwen2kit.cli.app import app
+from qwen2kit.errors import Qwen2KitError
 from tests.run_cli import OFFLINE, run_cli
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -31,6 +34,16 @@ SMALL = (
 
 def train(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     return run_cli("train", *args, env={"OMP_NUM_THREADS": "1"}, **options)
+
+
+def refusal(*args: str | Path) -> str:
+    """The message `train` is refused with, without paying for a new process."""
+    command = typer.main.get_command(app)
+    with pytest.raises(Qwen2KitError) as caught:
+        command.main(["train", *map(str, args)], standalone_mode=False)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -149,12 +162,7 @@ def test_resume_refuses_what_it_should(run_dir: Path, tmp_path: Path) -> None:
         "--resume", copy, "train.lr=1e-5", "train.seed=3"
     )  # fmt: skip
     for message, args in cases.items():
-        done = train(*args)
-        assert done.returncode != 0
-        assert done.stderr.startswith("error: "), done.stderr
-        assert done.stderr.count("\n") == 1
-
-        assert re.search(message, done.stderr), done.stderr
+        assert re.search(message, refusal(*args)), message
 
 
 def test_more_steps_with_allowed_changes_and_a_corrupt_newest(
@@ -277,9 +285,4 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     }
 
     for message, args in cases.items():
-        done = train(*args, f"output_dir={tmp_path / 'runs'}")
-        assert done.returncode != 0, message
-        assert "Traceback" not in done.stderr, done.stderr
-        assert done.stderr.startswith("error: "), done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
-        assert re.search(message, done.stderr), done.stderr
+        assert re.search(message, refusal(*args, f"output_dir={tmp_path / 'runs'}")), message
