@@ -36,6 +36,7 @@ from qwen2kit.train.setup import (
     check_limits,
     initial_checkpoint,
     total_steps,
+    training_backend,
 )
 from qwen2kit.train.signals import StopRequest
 from qwen2kit.weights.safetensors_write import write_text_atomically
@@ -101,6 +102,7 @@ def start(
     directory = run_dir or _fresh_directory(config)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ConfigError(f"{directory} is not empty; choose another --run-dir or use --resume")
+    training_backend(config)
     origin = build_origin(config)
     directory.mkdir(parents=True, exist_ok=True)
     _write_origin(directory / START_DIR, origin)

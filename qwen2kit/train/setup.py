@@ -101,15 +101,25 @@ def open_tokenizer(source: str) -> Tokenizer:
     return Tokenizer.from_dir(path) if path.is_dir() else open_checkpoint(path).tokenizer()
 
 
+def training_backend(config: RunConfig) -> Backend:
+    """The recipe's backend, which must be installed and able to train.
+
+    Raises:
+        BackendError: it is unknown, its framework is missing, or it runs inference only.
+    """
+    backend = get(config.backend)
+    if not backend.capabilities().trains:
+        raise BackendError(f"backend {backend.name!r} cannot train; use backend=torch")
+    return backend
+
+
 def build_model(config: RunConfig, spec: ModelSpec) -> tuple[Backend, TrainableModel]:
     """Compile ``spec`` for training on the recipe's backend.
 
     Raises:
         BackendError: it is unknown or cannot train this model here.
     """
-    backend = get(config.backend)
-    if not backend.capabilities().trains:
-        raise BackendError(f"backend {backend.name!r} cannot train; use backend=torch")
+    backend = training_backend(config)
     model = backend.compile(spec, execution_plan(config))
     if not isinstance(model, TrainableModel):
         raise BackendError(f"backend {backend.name!r} did not return a trainable model")
