@@ -225,13 +225,13 @@ class _Runner:
             else:
                 with screen:
                     session.train(stop)
-        if self.config.logging.plot:
-            records = list(read_records(self.run_dir / METRICS_FILE))
-            plot_loss(self.run_dir / CURVE_FILE, records, self.config.name)
         finished = session.progress.step == session.total
         if finished:
             session.evaluate(session.progress)
             self._export(session, MODEL_DIR)
+        if self.config.logging.plot:
+            records = [*read_records(self.run_dir / METRICS_FILE)]
+            plot_loss(self.run_dir / CURVE_FILE, records, self.config.name)
         result = self._result(session, finished, stop.requested)
         values = result.to_json()
         self._write(values.pop("status"), **values)
