@@ -52,6 +52,8 @@ class TorchModel:
         self.device = resolve_device(plan)
         self.dtype = resolve_dtype(plan, self.device)
         self.limit = context_limit(spec, plan)
+        if plan.cpu_threads is not None:
+            torch.set_num_threads(plan.cpu_threads)
         masters = plan.train is not None
         self.module = Qwen2(spec, device="meta", dtype=torch.float32 if masters else self.dtype)
 

@@ -54,14 +54,20 @@ class ExecutionPlan:
             CPUs and bfloat16 elsewhere. Training keeps float32 master weights in any case.
         train: training settings, or None for inference.
         max_seq_len: longest sequence the caller will use, or None for the spec's limit.
+        cpu_threads: threads of one operation on a CPU, or None for the framework's default. Very
+            small models are as fast on one, and far faster where other programs run. Results
+            are bit-identical only for equal numbers.
     """
 
     device: str = "auto"
     dtype: str = "auto"
     train: TrainPlan | None = None
     max_seq_len: int | None = None
+    cpu_threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.cpu_threads is not None and self.cpu_threads < 1:
+            raise ConfigError(f"cpu_threads must be at least 1, got {self.cpu_threads}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(
                 f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}"

@@ -155,7 +155,7 @@ class RunConfig:
         too_long: what to do with a conversation longer than ``seq_len``: ``refuse`` or
             ``truncate`` its end (documents are always split).
         backend: who trains: a backend's name or ``auto``.
-        device, dtype: as in `ExecutionPlan`.
+        device, dtype, cpu_threads: as in `ExecutionPlan`.
         export_dtype: dtype of the exported weights.
         output_dir: parent of run directories.
     """
@@ -174,6 +174,7 @@ class RunConfig:
     backend: str = "auto"
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    cpu_threads: int | None = None
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     output_dir: str = "runs"
 
@@ -182,6 +183,10 @@ class RunConfig:
         sources = [self.data] if self.eval.data is None else [self.data, self.eval.data]
         check(
             (self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}"),
+            (
+                self.cpu_threads is None or self.cpu_threads >= 1,
+                f"cpu_threads must be at least 1, got {self.cpu_threads}",
+            ),
             (
                 bool(self.name) and not set(self.name) & set("/\\\0"),
                 f"name must be usable as a directory name, got {self.name!r}",

@@ -132,6 +132,7 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
     return ExecutionPlan(
         device=config.device,
         dtype=config.dtype,
+        cpu_threads=config.cpu_threads,
         train=TrainPlan(
             optimizer=AdamWPlan(
                 betas=optimizer.betas,
