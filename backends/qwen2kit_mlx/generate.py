@@ -12,7 +12,7 @@ from itertools import count
 import mlx.core as mx
 import numpy as np
 
-from qwen2kit.backend.protocol import FinishReason, TokenEvent, TokenIds
+from qwen2kit.backend.protocol import TokenEvent, TokenIds
 from qwen2kit.generate.sampling import Sampler, Sampling
 from qwen2kit_mlx.kv_cache import KVCache
 from qwen2kit_mlx.model import Decoder
@@ -171,12 +171,8 @@ def _account(
     kept: list[int] = []
     for index, (row, (token, logprob)) in enumerate(zip(rows, drawn, strict=True)):
         row.left -= 1
-        reason: FinishReason | None = None
-        if token in sampling.stop_token_ids:
-            reason = "stop"
-        elif row.left == 0:
-            reason = "length"
-        else:
+        reason = sampling.finish_reason(token, row.left)
+        if reason is None:
             kept.append(index)
         events.append(TokenEvent(row.prompt, token, reason, logprob))
     return events, kept

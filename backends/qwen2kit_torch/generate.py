@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwen2kit.backend.protocol import FinishReason, TokenEvent
+from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.generate.sampling import Sampler, Sampling
 from qwen2kit_torch.kv_cache import KVCache
 from qwen2kit_torch.model import Qwen2
@@ -47,12 +47,8 @@ def generate(
         chosen = batch.choose([row.sampler for row in rows])
         for index, (row, (token, logprob)) in enumerate(zip(rows, chosen, strict=True)):
             row.room -= 1
-            reason: FinishReason | None = None
-            if token in sampling.stop_token_ids:
-                reason = "stop"
-            elif row.room == 0:
-                reason = "length"
-            else:
+            reason = sampling.finish_reason(token, row.room)
+            if reason is None:
                 running.append(index)
             yield TokenEvent(row.prompt, token, reason, logprob)
         rows = [rows[index] for index in running]

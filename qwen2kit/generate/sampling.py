@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qwen2kit.errors import BackendError, ConfigError
 
@@ -70,6 +70,12 @@ class Sampling:
     def is_plain_greedy(self) -> bool:
         """Whether the next token is a bare argmax, which a backend may take on its device."""
         return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
+
+    def finish_reason(self, token: int, left: int) -> Literal["stop", "length"] | None:
+        """Why a sequence ends with ``token``, ``left`` more being allowed; None if it goes on."""
+        if token in self.stop_token_ids:
+            return "stop"
+        return "length" if left == 0 else None
 
 
 class Sampler:
