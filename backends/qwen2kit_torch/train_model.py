@@ -7,7 +7,7 @@ moments stay float32. Shapes: B rows, T tokens, D hidden, N supervised positions
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwen2kit.backend.plan import ExecutionPlan, TrainPlan
-from qwen2kit.backend.protocol import LoadReport, StepMetrics, TokenBatch
+from qwen2kit.backend.protocol import LoadReport, Saved, StepMetrics, TokenBatch
 from qwen2kit.errors import BackendError, TrainingError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
@@ -24,7 +24,12 @@ from qwen2kit_torch.train_batch import MicroBatch, micro_batches
 from qwen2kit_torch.train_init import init_parameters
 from qwen2kit_torch.train_loss import linear_cross_entropy
 from qwen2kit_torch.train_optim import build_adamw, clip_gradients, set_learning_rate
-from qwen2kit_torch.train_state import restore_state, save_state
+from qwen2kit_torch.train_state import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    restore_state,
+    save_state,
+)
 
 
 class TorchTrainableModel(TorchModel):
@@ -41,6 +46,7 @@ class TorchTrainableModel(TorchModel):
         super().__init__(spec, plan)
         if plan.train is None:
             raise BackendError("a trainable model needs a plan with training settings")
+        self.data_shard = (0, 1)
         if self.dtype == torch.float16:
             raise BackendError("training in float16 is not supported; use bfloat16 or float32")
         self.settings: TrainPlan = plan.train
@@ -60,7 +66,7 @@ class TorchTrainableModel(TorchModel):
         init_parameters(self.module, self.spec, seed)
         self._start()
 
-    def train_step(self, batch: TokenBatch, lr: float) -> StepMetrics:
+    def train_step(self, batch: TokenBatch, lr: float, *, max_loss: float = inf) -> StepMetrics:
         """One AdamW step on the mean loss over all supervised tokens of ``batch``.
 
         Raises:
@@ -84,16 +90,17 @@ class TorchTrainableModel(TorchModel):
         norm = clip_gradients(self._parameters, self.settings.optimizer.max_grad_norm)
         mean, grad_norm = float(total), float(norm)
         finite = isfinite(mean) and isfinite(grad_norm)
-        if finite:
+        applied = finite and mean <= max_loss
+        if applied:
             set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
-        elif self.settings.non_finite == "raise":
+        elif not finite and self.settings.non_finite == "raise":
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"loss is {mean} and gradient norm {grad_norm}; lower train.lr, or set "
                 "train.non_finite=skip to leave such steps out"
             )
-        return _metrics(batch, mean, grad_norm, supervised, skipped=not finite)
+        return _metrics(batch, mean, grad_norm, supervised, skipped=not applied)
 
     def loss(self, batch: TokenBatch) -> StepMetrics:
         """Mean loss of ``batch`` by the same arithmetic as `train_step`, changing nothing."""
@@ -104,10 +111,11 @@ class TorchTrainableModel(TorchModel):
             total += self._summed_loss(micro, frozen=True) / supervised
         return _metrics(batch, float(total), 0.0, supervised, skipped=False)
 
-    def save_state(self, directory: Path) -> None:
+    def save_state(self, directory: Path) -> Saved:
         """Write weights and optimizer state (safetensors) into an existing directory."""
         self._check_loaded()
         save_state(directory, self._parameters, self._optimizer)
+        return Saved((MODEL_FILE, OPTIMIZER_FILE))
 
     def restore_state(self, directory: Path) -> None:
         """Read what `save_state` wrote. Raises WeightError if it does not fit this model."""

@@ -1,13 +1,17 @@
 """ExecutionPlan: everything a backend is told besides the spec. Frozen data, made by core.
 
-Clusters will extend it with mesh degrees; backends read the plan and never the recipe.
+Backends read the plan and never the recipe.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from qwen2kit.errors import ConfigError
+from qwen2kit.plan.degrees import Degrees
+
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +30,28 @@ class AdamWPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoRAPlan:
+    """Train low-rank adapters instead of the weights (arXiv 2106.09685).
+
+    Attributes:
+        rank: r.
+        alpha: the update is scaled by ``alpha / rank`` (``alpha / sqrt(rank)`` with ``rslora``).
+        dropout: probability on the adapter's input while training.
+        targets: last name of each linear layer that gets an adapter.
+        rslora: rank-stabilised scaling (arXiv 2312.03732).
+        quantize: storage of the frozen base matrices: ``none`` or ``nf4`` (QLoRA,
+            arXiv 2305.14314).
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+    rslora: bool = False
+    quantize: Literal["none", "nf4"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
     """How one optimizer step is computed.
 
@@ -36,12 +62,24 @@ class TrainPlan:
             ``tokens x vocabulary`` logits never exist at once.
         non_finite: what to do with a NaN/Inf loss or gradient: ``raise`` stops training,
             ``skip`` leaves parameters and optimizer state untouched.
+        parallel: processes per mesh axis.
+        recompute: activations thrown away in the forward pass and computed again in the
+            backward pass: ``none``, ``selective`` (all but matrix products and attention) or
+            ``full`` (all but the layers' inputs).
+        compile: compile every decoder layer; None leaves it to the backend (on where it pays).
+        float8: compute the layers' matrix products in float8 with per-row scales.
+        adapter: train LoRA adapters instead of the weights.
     """
 
     optimizer: AdamWPlan = AdamWPlan()
     micro_batch_rows: int = 8
     loss_chunk_tokens: int = 2048
     non_finite: str = "raise"
+    parallel: Degrees = field(default_factory=Degrees)
+    recompute: Recompute = "none"
+    compile: bool | None = None
+    float8: bool = False
+    adapter: LoRAPlan | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,18 +1,21 @@
 """What a backend must provide. The seam is the whole model: core never sees an op or a module.
 
 Required: `Backend` and `CompiledModel`. Optional powers are separate protocols that
-`Capabilities` announces: `TrainableModel`. Third parties register under the entry-point group
-``qwen2kit.backends`` and run `qwen2kit.backend.conformance` against their own package.
+`Capabilities` announces: `TrainableModel` and `DistributedBackend`. Third parties register under
+the entry-point group ``qwen2kit.backends`` and run `qwen2kit.backend.conformance` against their
+own package.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.processes import Processes
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 TokenIds = Sequence[int]
 FinishReason = Literal["stop", "length"]
 
@@ -33,7 +36,7 @@ class Device:
 
     Attributes:
         name: what ``ExecutionPlan.device`` takes, e.g. ``cpu``, ``cuda:0``, ``gpu``.
-        kind: human-readable model of the device.
+        kind: human-readable model of the device, e.g. ``NVIDIA H100 80GB HBM3``.
         memory_bytes: total memory, or None if unknown.
     """
 
@@ -49,6 +52,7 @@ class Capabilities:
     dtypes: tuple[str, ...]
     quantized_bits: tuple[int, ...] = ()
     trains: bool = False
+    distributed: bool = False
     moe: bool = False
     dual_chunk_attention: bool = False
     sliding_window: bool = False
@@ -103,7 +107,7 @@ class TokenEvent:
 
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
-    """One optimizer step's worth of rows on this rank, NumPy int32 ``[rows, seq_len]``.
+    """One optimizer step's worth of rows of this process, NumPy int32 ``[rows, seq_len]``.
 
     Attributes:
         tokens: input ids.
@@ -120,14 +124,17 @@ class TokenBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """Result of one optimizer step.
+    """Result of one optimizer step, the same on every process.
 
     Attributes:
         loss: mean negative log-likelihood in nats over all supervised tokens of the global batch.
         grad_norm: global L2 norm before clipping.
         tokens: tokens processed on all ranks, padding excluded.
         supervised_tokens: tokens that carried loss.
-        skipped: True if the step was not applied (non-finite loss or gradient).
+        skipped: True if the step was not applied (non-finite loss or gradient, or a loss above
+            the caller's limit).
+        peak_memory_bytes: most device memory any process has held since the model was compiled,
+            or None where it is not measured.
     """
 
     loss: float
@@ -135,6 +142,41 @@ class StepMetrics:
     tokens: int
     supervised_tokens: int
     skipped: bool = False
+    peak_memory_bytes: int | None = None
+
+
+class Saving(Protocol):
+    """A checkpoint on its way to disk; training may go on meanwhile."""
+
+    def done(self) -> bool:
+        """Whether this process has nothing left to write (or failed)."""
+        ...
+
+    def wait(self) -> tuple[str, ...]:
+        """Block until then; names of the files that this process wrote.
+
+        Raises OSError if the disk is full or not writable.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A `Saving` that was finished at once.
+
+    Attributes:
+        files: names of the files written.
+    """
+
+    files: tuple[str, ...]
+
+    def done(self) -> bool:
+        """True."""
+        return True
+
+    def wait(self) -> tuple[str, ...]:
+        """The files."""
+        return self.files
 
 
 @runtime_checkable
@@ -183,27 +225,42 @@ class CompiledModel(Protocol):
 
 @runtime_checkable
 class TrainableModel(CompiledModel, Protocol):
-    """A compiled model that can be optimised (``plan.train`` must be set)."""
+    """A compiled model that can be optimised (``plan.train`` must be set).
+
+    With several processes every method is collective: all processes call it, in the same order.
+
+    Attributes:
+        data_shard: ``(rank, world)`` of this process among those that read different rows.
+    """
+
+    data_shard: tuple[int, int]
 
     def init(self, seed: int) -> None:
         """Fresh parameters by the schema's initialisers; the same values for the same seed on
         every backend and world size."""
         ...
 
-    def train_step(self, batch: TokenBatch, lr: float) -> StepMetrics:
-        """One AdamW step: micro-batches, global token-mean loss, clipping, update."""
+    def train_step(self, batch: TokenBatch, lr: float, *, max_loss: float = inf) -> StepMetrics:
+        """One AdamW step: micro-batches, global token-mean loss, clipping, update.
+
+        A loss above ``max_loss`` skips the update, whatever the plan says of non-finite ones.
+        """
         ...
 
     def loss(self, batch: TokenBatch) -> StepMetrics:
         """Mean loss of ``batch`` without updating anything (``grad_norm`` is 0)."""
         ...
 
-    def save_state(self, directory: Path) -> None:
-        """Write weights and optimizer state into an existing empty directory (safetensors)."""
+    def save_state(self, directory: Path) -> Saving:
+        """Write weights and optimizer state into an existing empty directory (safetensors).
+
+        The state is that of the moment of the call, whatever training does afterwards.
+        """
         ...
 
     def restore_state(self, directory: Path) -> None:
-        """Read what `save_state` wrote; afterwards training continues bit-identically.
+        """Read what `save_state` wrote, with any number of processes; afterwards training
+        continues (bit-identically on an equal mesh).
 
         Raises WeightError if files are missing, truncated or of another model.
         """
@@ -234,6 +291,22 @@ class Backend(Protocol):
 
         Raises BackendError if spec or plan needs a capability this backend lacks.
         """
+        ...
+
+
+@runtime_checkable
+class DistributedBackend(Backend, Protocol):
+    """A backend that trains with several processes (``Capabilities.distributed``)."""
+
+    def processes(self, plan: ExecutionPlan) -> Processes:
+        """Join the other processes of this run, as the launcher's environment says; alone if it
+        says nothing. Idempotent. To be called before `Backend.compile`."""
+        ...
+
+    def launch_command(self, processes: int, *, max_restarts: int = 0) -> list[str]:
+        """Command line that starts ``processes`` processes on this machine; what each one runs
+        (``-m module`` and arguments) is appended to it. If one process is lost, all are started
+        again, at most ``max_restarts`` times."""
         ...
 
 

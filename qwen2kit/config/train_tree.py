@@ -121,6 +121,8 @@ class TrainConfig:
         seed: of initial weights and data order.
         non_finite: ``raise`` stops at a NaN or infinite loss; ``skip`` leaves the step out.
         loss_chunk_tokens: positions per slice of the output head.
+        recompute, float8: as in `TrainPlan`.
+        compile: compile the layers; None leaves it to the backend.
     """
 
     steps: int | None = None
@@ -133,6 +135,9 @@ class TrainConfig:
     seed: int = 0
     non_finite: Literal["raise", "skip"] = "raise"
     loss_chunk_tokens: int = 2048
+    recompute: Literal["none", "selective", "full"] = "none"
+    compile: bool | None = None
+    float8: bool = False
 
     def __post_init__(self) -> None:
         check(

@@ -77,6 +77,67 @@ class ModelConfig:
 
 
 @node
+class ParallelConfig:
+    """Processes per mesh axis (`qwen2kit.plan.degrees.Degrees`); all 1 is one process.
+
+    Attributes:
+        dp_shard: fully sharded data parallel; 0 takes what the other degrees leave of the
+            running processes.
+        dp_replicate: replicas of the sharded state (HSDP).
+        cp: pieces of the sequence (context parallel).
+        tp: pieces of every matrix (tensor and sequence parallel).
+        pp: pipeline stages.
+        schedule: order of micro-batches in the pipeline.
+    """
+
+    dp_shard: int = 0
+    dp_replicate: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    schedule: Literal["gpipe", "1f1b"] = "1f1b"
+
+    def __post_init__(self) -> None:
+        check(
+            (self.dp_shard >= 0, f"dp_shard must not be negative, got {self.dp_shard}"),
+            *(
+                (getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+                for name in ("dp_replicate", "cp", "tp", "pp")
+            ),
+        )
+
+
+@node
+class AdapterConfig:
+    """Low-rank adapters instead of full fine-tuning; fields as in `LoRAPlan`.
+
+    Attributes:
+        targets: names of the linear layers that get an adapter.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    rslora: bool = False
+    quantize: Literal["none", "nf4"] = "none"
+
+    def __post_init__(self) -> None:
+        known = AdapterConfig.__dataclass_fields__["targets"].default
+        check(
+            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
+            (self.alpha > 0, f"alpha must be positive, got {self.alpha}"),
+            (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
+            (
+                bool(self.targets) and set(self.targets) <= set(known),
+                f"targets must be some of {', '.join(known)}",
+            ),
+        )
+
+
+@node
 class CheckpointConfig:
     """When to save.
 
@@ -158,6 +219,8 @@ class RunConfig:
         device, dtype, cpu_threads: as in `ExecutionPlan`.
         export_dtype: dtype of the exported weights.
         output_dir: parent of run directories.
+        parallel: how the work is spread over processes.
+        adapter: train LoRA adapters of a checkpoint instead of its weights.
     """
 
     name: str
@@ -177,6 +240,8 @@ class RunConfig:
     cpu_threads: int | None = None
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     output_dir: str = "runs"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
         chat = self.task == "sft"

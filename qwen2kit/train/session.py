@@ -115,7 +115,10 @@ class Session:
             "corpus": self._fingerprint,
             "before": self.held.before,
         }
-        self._store.save(progress.step, state, self.model.save_state)
+        self._store.save(progress.step, state, self._write)
+
+    def _write(self, directory: Path) -> None:
+        self.model.save_state(directory).wait()
 
     def evaluate(self, progress: Progress) -> None:
         """Measure on held-out data and report it."""

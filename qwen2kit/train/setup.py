@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, TrainPlan
+from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.backend.protocol import Backend, TrainableModel
 from qwen2kit.backend.registry import get
 from qwen2kit.config.data_tree import EmbeddedData, FileData
@@ -15,6 +15,7 @@ from qwen2kit.data.corpus import Corpus, hold_out
 from qwen2kit.data.encode import encode_corpus, read_texts
 from qwen2kit.data.loader import Loader, LoaderConfig
 from qwen2kit.errors import BackendError, ConfigError, DataError
+from qwen2kit.plan.degrees import Degrees
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.presets import preset
 from qwen2kit.tokenizer.bpe import Tokenizer
@@ -143,6 +144,11 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
             micro_batch_rows=train.micro_batch_rows,
             loss_chunk_tokens=train.loss_chunk_tokens,
             non_finite=train.non_finite,
+            parallel=Degrees(**asdict(config.parallel)),
+            recompute=train.recompute,
+            compile=train.compile,
+            float8=train.float8,
+            adapter=None if config.adapter is None else LoRAPlan(**asdict(config.adapter)),
         ),
     )
 

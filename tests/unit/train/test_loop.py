@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Script:
         self.rates: list[float] = []
         self.stop, self.fail_at = stop, fail_at
 
-    def train_step(self, batch: Any, lr: float) -> StepMetrics:
+    def train_step(self, batch: Any, lr: float, *, max_loss: float = inf) -> StepMetrics:
         self.rates.append(lr)
         step = len(self.rates)
         if step == self.fail_at:
