@@ -103,6 +103,13 @@ class Loader:
         """Continue where `state` was taken."""
         self.epoch, self.row = state["epoch"], state["row"]
 
+    def fingerprint(self) -> str:
+        """Digest of the data: resuming on other data is refused by comparing it."""
+        return self.corpus.fingerprint()
+
+    def close(self) -> None:
+        """Stop what loads in the background; the loader is not used afterwards."""
+
     def _plan(self, epoch: int) -> Plan:
         if self._planned is None or self._planned[0] != epoch:
             order = permutation(len(self.corpus), self.config.seed, epoch)

@@ -160,9 +160,19 @@ class RunData:
     train: Loader
     held_out: Loader | None
 
+    def close(self) -> None:
+        """Stop what loads in the background; the last call of a run."""
+        self.train.close()
 
-def build_data(config: RunConfig, tokenizer: Tokenizer, note: Note) -> RunData:
-    """Tokenise the recipe's data; ``note`` is told what was truncated or left out.
+
+def build_data(
+    config: RunConfig, tokenizer: Tokenizer, note: Note, shard: tuple[int, int] = (0, 1)
+) -> RunData:
+    """Open the recipe's data; ``note`` is told what was truncated or left out.
+
+    Args:
+        shard: ``(rank, world)`` among the processes that read different rows
+            (`TrainableModel.data_shard`).
 
     Raises:
         DataError: as in `encode_corpus`, or holding out leaves nothing to train on.
@@ -178,8 +188,8 @@ def build_data(config: RunConfig, tokenizer: Tokenizer, note: Note) -> RunData:
         if len(corpus) == 0:
             raise DataError("eval.fraction leaves no example to train on; lower it")
     return RunData(
-        _loader(config, corpus, tokenizer),
-        None if held_out is None else _loader(config, held_out, tokenizer),
+        _loader(config, corpus, tokenizer, shard),
+        None if held_out is None else _loader(config, held_out, tokenizer, shard),
     )
 
 
@@ -214,7 +224,9 @@ def _encode(
     return corpus
 
 
-def _loader(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
+def _loader(
+    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, shard: tuple[int, int]
+) -> Loader:
     return Loader(
         corpus,
         LoaderConfig(
@@ -224,5 +236,7 @@ def _loader(config: RunConfig, corpus: Corpus, tokenizer: Tokenizer) -> Loader:
             pad_id=tokenizer.eot_id,
             packing=config.packing,
             split=config.task == "pretrain",
+            rank=shard[0],
+            world=shard[1],
         ),
     )
