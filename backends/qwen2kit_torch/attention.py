@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Attend(Protocol):
+    """Attention whose visible keys are settled."""
+
+    def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+        """Output ``[B, H, T, C]``; softmax scale is ``C ** -0.5``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,24 @@ class Visibility:
 
     mask: Tensor | None
     causal: bool
+
+    def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+        """Attention output ``[B, H, T, C]``; softmax scale is ``C ** -0.5``."""
+        batch, heads, length, width = q_BHTC.shape
+        kv_heads = k_BKSC.shape[1]
+        if length == 1:
+            # One query per head: the heads of a group can stand in for query positions.
+            grouped = q_BHTC.reshape(batch, kv_heads, heads // kv_heads, width)
+            out = F.scaled_dot_product_attention(grouped, k_BKSC, v_BKSC, attn_mask=self.mask)
+            return out.reshape(batch, heads, 1, width)
+        return F.scaled_dot_product_attention(
+            q_BHTC,
+            k_BKSC,
+            v_BKSC,
+            attn_mask=self.mask,
+            is_causal=self.causal,
+            enable_gqa=heads != kv_heads,
+        )
 
 
 def visibilities(
@@ -77,23 +104,3 @@ class _MaskBuilder:
         if self.documents is not None:
             visible = visible & (self.documents[:, :, None] == self.documents[:, None, :])
         return visible[:, None]
-
-
-def attend(q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, visibility: Visibility) -> Tensor:
-    """Attention output ``[B, H, T, C]``; softmax scale is ``C ** -0.5``."""
-    batch, heads, length, width = q_BHTC.shape
-    kv_heads = k_BKSC.shape[1]
-    mask = visibility.mask
-    if length == 1:
-        # One query per head: the heads of a group can stand in for query positions.
-        grouped = q_BHTC.reshape(batch, kv_heads, heads // kv_heads, width)
-        out = F.scaled_dot_product_attention(grouped, k_BKSC, v_BKSC, attn_mask=mask)
-        return out.reshape(batch, heads, 1, width)
-    return F.scaled_dot_product_attention(
-        q_BHTC,
-        k_BKSC,
-        v_BKSC,
-        attn_mask=mask,
-        is_causal=visibility.causal,
-        enable_gqa=heads != kv_heads,
-    )

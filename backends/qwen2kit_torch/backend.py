@@ -41,6 +41,6 @@ class TorchBackend:
         """
         if plan.train is None:
             return TorchModel(spec, plan)
-        from qwen2kit_torch.train_model import TorchTrainableModel
+        from qwen2kit_torch.train.model import TorchTrainableModel
 
         return TorchTrainableModel(spec, plan)

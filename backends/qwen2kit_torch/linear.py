@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import platform
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Linear(nn.Module):
+class Linear(nn.Linear):
     """``x @ weight.T + bias``; parameters are created uninitialised.
 
     Args:
@@ -26,8 +27,6 @@ class Linear(nn.Module):
         bias: whether there is one.
     """
 
-    bias: Tensor | None
-
     def __init__(
         self,
         inputs: int,
@@ -37,11 +36,11 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         bias: bool = False,
     ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
-        vector = nn.Parameter(torch.empty(outputs, device=device, dtype=dtype)) if bias else None
-        self.register_parameter("bias", vector)
+        super().__init__(inputs, outputs, bias=bias, device=device, dtype=dtype)
         self._packed: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Leave the parameters as they are: they are loaded or initialised from the schema."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
@@ -68,6 +67,18 @@ class Linear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight ``[outputs, inputs]``, unpacked if need be."""
         return self.weight.detach() if self._packed is None else self._packed.to_dense()
+
+
+def joint(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
+    """The outputs of several layers on one input, as one matrix product.
+
+    The weights are joined on the fly, which costs no more than their cast to the compute dtype
+    once the caller is compiled.
+    """
+    weight = torch.cat([layer.weight for layer in linears])
+    biases = [cast(Tensor, layer.bias) for layer in linears if layer.bias is not None]
+    out = F.linear(x, weight, torch.cat(biases) if biases else None)
+    return torch.split(out, [layer.out_features for layer in linears], dim=-1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ T tokens, D hidden, H query heads, K kv heads, C head_dim, V vocabulary.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
-from qwen2kit_torch.attention import Visibility, attend, visibilities
+from qwen2kit_torch.attention import Attend, visibilities
 from qwen2kit_torch.kv_cache import KVCache
-from qwen2kit_torch.linear import Linear, linear, pack, packed_linear
+from qwen2kit_torch.linear import Linear, joint, linear, pack, packed_linear
 from qwen2kit_torch.rope import Rotary, rotate
 
 
@@ -37,12 +37,17 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with biased q/k/v projections and rotary positions."""
+    """Grouped-query attention with biased q/k/v projections and rotary positions.
+
+    Attributes:
+        fused: compute the three projections as one product.
+    """
 
     def __init__(
         self, spec: ModelSpec, layer: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.fused = False
         self.layer = layer
         self.window = spec.window_of(layer)
         self.head_dim = spec.head_dim
@@ -57,26 +62,35 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        visible: dict[int | None, Visibility],
+        visible: Mapping[int | None, Attend],
         cache: KVCache | None,
     ) -> Tensor:
         """``[B, T, D] -> [B, T, D]``."""
         shape = (*x_BTD.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x_BTD).view(shape), *rope).transpose(1, 2)
-        k = rotate(self.k_proj(x_BTD).view(shape), *rope).transpose(1, 2)
-        v = self.v_proj(x_BTD).view(shape).transpose(1, 2)
+        if self.fused:
+            q, k, v = joint(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
+        q = rotate(q.view(shape), *rope).transpose(1, 2)
+        k = rotate(k.view(shape), *rope).transpose(1, 2)
+        v = v.view(shape).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        out_BHTC = attend(q, k, v, visible[self.window])
+        out_BHTC = visible[self.window](q, k, v)
         out: Tensor = self.o_proj(out_BHTC.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
         return out
 
 
 class MLP(nn.Module):
-    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202)."""
+    """SwiGLU: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202).
+
+    Attributes:
+        fused: compute gate and up as one product.
+    """
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
+        self.fused = False
         self.gate_proj = Linear(
             spec.hidden_size, spec.intermediate_size, device=device, dtype=dtype
         )
@@ -87,7 +101,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.fused:
+            gate, up = joint(x, self.gate_proj, self.up_proj)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        out: Tensor = self.down_proj(F.silu(gate) * up)
         return out
 
 
@@ -107,7 +125,7 @@ class DecoderLayer(nn.Module):
         self,
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
-        visible: dict[int | None, Visibility],
+        visible: Mapping[int | None, Attend],
         cache: KVCache | None,
     ) -> Tensor:
         """``[B, T, D] -> [B, T, D]``."""

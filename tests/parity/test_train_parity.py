@@ -213,7 +213,7 @@ def test_loss_equals_the_loss_of_the_step_and_changes_nothing() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_chunked_cross_entropy_equals_torch(chunk: int) -> None:
-    from qwen2kit_torch.train_loss import linear_cross_entropy
+    from qwen2kit_torch.train.loss import linear_cross_entropy
 
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(23, 16, generator=generator, dtype=torch.float32, requires_grad=True)

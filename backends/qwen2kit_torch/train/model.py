@@ -20,11 +20,11 @@ from qwen2kit.errors import BackendError, TrainingError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
 from qwen2kit_torch.compiled import TorchModel
-from qwen2kit_torch.train_batch import MicroBatch, micro_batches
-from qwen2kit_torch.train_init import init_parameters
-from qwen2kit_torch.train_loss import linear_cross_entropy
-from qwen2kit_torch.train_optim import build_adamw, clip_gradients, set_learning_rate
-from qwen2kit_torch.train_state import (
+from qwen2kit_torch.train.batch import MicroBatch, micro_batches
+from qwen2kit_torch.train.init import init_parameters
+from qwen2kit_torch.train.loss import linear_cross_entropy
+from qwen2kit_torch.train.optim import build_adamw, clip_gradients, set_learning_rate
+from qwen2kit_torch.train.state import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     restore_state,

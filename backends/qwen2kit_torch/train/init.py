@@ -22,13 +22,14 @@ def init_parameters(module: nn.Module, spec: ModelSpec, seed: int) -> None:
         for param in schema(spec):
             target = parameters[param.name]
             if param.init == "normal":
-                values = _stream(seed, param.name).standard_normal(param.size, dtype=np.float32)
+                values = parameter_stream(seed, param.name).standard_normal(param.size, dtype=np.float32)
                 values *= np.float32(spec.initializer_range)
                 target.copy_(torch.from_numpy(values).view(param.shape))
             else:
                 target.fill_(1.0 if param.init == "ones" else 0.0)
 
 
-def _stream(seed: int, name: str) -> np.random.Generator:
+def parameter_stream(seed: int, name: str) -> np.random.Generator:
+    """The stream of random numbers that the parameter ``name`` draws its values from."""
     key = int.from_bytes(sha256(name.encode()).digest()[:8], "little")
     return np.random.Generator(np.random.Philox(key=np.array([seed, key], dtype=np.uint64)))

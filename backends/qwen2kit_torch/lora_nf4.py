@@ -1,0 +1,130 @@
+"""NF4: four bits a weight, for the frozen matrices of QLoRA (arXiv 2305.14314, section 3).
+
+Sixty-four neighbours of the flattened matrix share one float32 ``absmax``; each weight over it is
+rounded to the nearest of sixteen quantiles of the normal distribution. Two codes fill a byte, the
+first in the high half: 4.5 bits a weight. ``absmax`` itself is not quantised again. Values and
+layout are those of bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from math import prod
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qwen2kit.errors import BackendError
+
+BLOCK = 64
+
+# The largest quantile kept: halfway between 1 - 1/30 and 1 - 1/32 (to the digits published).
+_TAIL = 0.9677083
+
+
+def codebook() -> Tensor:
+    """The sixteen values, float32, ascending from -1 to 1, zero among them.
+
+    Quantiles of N(0, 1) evenly spaced between ``_TAIL`` and 1/2, eight for the positive half and
+    seven for the negative one, over the largest (section 3, equation 4, made asymmetric so that
+    zero has a code).
+    """
+    normal = NormalDist()
+
+    def half(count: int) -> list[float]:
+        levels = torch.linspace(_TAIL, 0.5, count + 1)[:-1]
+        return [normal.inv_cdf(float(level)) for level in levels]
+
+    values = torch.tensor(sorted([*half(8), 0.0, *(-value for value in half(7))]))
+    return values / values.max()
+
+
+def packed_sizes(shape: Sequence[int]) -> tuple[int, int]:
+    """Lengths of the packed codes (uint8) and of ``absmax`` (float32) for a matrix.
+
+    Raises:
+        BackendError: the elements do not divide into blocks.
+    """
+    size = prod(shape)
+    if size % BLOCK:
+        raise BackendError(
+            f"a matrix of {list(shape)} does not divide into NF4 blocks of {BLOCK} weights; "
+            "use adapter.quantize=none"
+        )
+    return size // 2, size // BLOCK
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """``weight`` of any shape and float dtype as codes ``[n / 2]`` uint8 and ``absmax [n / 64]``.
+
+    Raises:
+        BackendError: the elements do not divide into blocks.
+    """
+    packed_sizes(weight.shape)
+    blocks = weight.detach().reshape(-1, BLOCK).float()
+    absmax = blocks.abs().amax(-1)
+    scaled = blocks * (1.0 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
+    values = codebook()
+    bounds = ((values[1:] + values[:-1]) / 2).to(weight.device)
+    codes = torch.bucketize(scaled.view(-1), bounds, out_int32=True).to(torch.uint8)
+    return codes[0::2] << 4 | codes[1::2], absmax
+
+
+def dequantize(
+    packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """The matrix of ``shape``: code times ``absmax`` in float32, rounded once to ``dtype``."""
+    pairs = F.embedding(packed.int(), _pair_table(packed.device))
+    return (pairs.view(-1, BLOCK) * absmax[:, None]).view(shape).to(dtype)
+
+
+def nf4_linear(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    """``x @ weight.T + bias`` in the dtype of ``x``, differentiable with respect to ``x`` alone.
+
+    The dense weight exists during the product only: it is made again for the backward pass.
+    """
+    apply: Callable[..., Tensor] = _Product.apply
+    return apply(x, packed, absmax, bias, shape)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        absmax: Tensor,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape = shape
+        return F.linear(x, dequantize(packed, absmax, shape, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        packed, absmax = ctx.saved_tensors
+        weight = dequantize(packed, absmax, ctx.shape, grad.dtype)
+        return grad @ weight, None, None, None, None
+
+
+def _pair_table(device: torch.device) -> Tensor:
+    # A compiled graph keeps the table as a constant of its own.
+    return _build_pairs(device) if torch.compiler.is_compiling() else _cached_pairs(device)
+
+
+def _build_pairs(device: torch.device) -> Tensor:
+    """``[256, 2]`` float32: the two values of every byte."""
+    bytes_ = torch.arange(256)
+    return codebook()[torch.stack([bytes_ >> 4, bytes_ & 15], -1)].to(device)
+
+
+_cached_pairs = cache(_build_pairs)
