@@ -41,6 +41,7 @@ class LoRAPlan:
         rslora: rank-stabilised scaling (arXiv 2312.03732).
         quantize: storage of the frozen base matrices: ``none`` or ``nf4`` (QLoRA,
             arXiv 2305.14314).
+        seed: of the adapters' initial values and of dropout.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class LoRAPlan:
     targets: tuple[str, ...] = ()
     rslora: bool = False
     quantize: Literal["none", "nf4"] = "none"
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

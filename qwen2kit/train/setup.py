@@ -148,7 +148,9 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
             recompute=train.recompute,
             compile=train.compile,
             float8=train.float8,
-            adapter=None if config.adapter is None else LoRAPlan(**asdict(config.adapter)),
+            adapter=None
+            if config.adapter is None
+            else LoRAPlan(**asdict(config.adapter), seed=train.seed),
         ),
     )
 
