@@ -27,8 +27,8 @@ BLOCK = 64
 _TAIL = 0.9677083
 
 
-def codebook() -> Tensor:
-    """The sixteen values, float32, ascending from -1 to 1, zero among them.
+def _codebook() -> tuple[float, ...]:
+    """Sixteen values from -1 to 1, zero among them.
 
     Quantiles of N(0, 1) evenly spaced between ``_TAIL`` and 1/2, eight for the positive half and
     seven for the negative one, over the largest (section 3, equation 4, made asymmetric so that
@@ -41,7 +41,11 @@ def codebook() -> Tensor:
         return [normal.inv_cdf(float(level)) for level in levels]
 
     values = torch.tensor(sorted([*half(8), 0.0, *(-value for value in half(7))]))
-    return values / values.max()
+    return tuple((values / values.max()).tolist())
+
+
+CODEBOOK = _codebook()
+"""The value of each code, ascending; exact in float32."""
 
 
 def packed_sizes(shape: Sequence[int]) -> tuple[int, int]:
@@ -69,7 +73,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     blocks = weight.detach().reshape(-1, BLOCK).float()
     absmax = blocks.abs().amax(-1)
     scaled = blocks * (1.0 / absmax.clamp(min=torch.finfo(torch.float32).tiny))[:, None]
-    values = codebook()
+    values = torch.tensor(CODEBOOK)
     bounds = ((values[1:] + values[:-1]) / 2).to(weight.device)
     codes = torch.bucketize(scaled.view(-1), bounds, out_int32=True).to(torch.uint8)
     return codes[0::2] << 4 | codes[1::2], absmax
@@ -124,7 +128,7 @@ def _pair_table(device: torch.device) -> Tensor:
 def _build_pairs(device: torch.device) -> Tensor:
     """``[256, 2]`` float32: the two values of every byte."""
     bytes_ = torch.arange(256)
-    return codebook()[torch.stack([bytes_ >> 4, bytes_ & 15], -1)].to(device)
+    return torch.tensor(CODEBOOK)[torch.stack([bytes_ >> 4, bytes_ & 15], -1)].to(device)
 
 
 _cached_pairs = cache(_build_pairs)
