@@ -10,6 +10,9 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2kit.data.packing import Examples, Span
+from qwen2kit.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
@@ -32,6 +35,15 @@ class Corpus:
     def lengths(self) -> NDArray[np.int64]:
         """Tokens per example, int64 ``[examples]``."""
         return np.diff(self.offsets)
+
+    def span(self, start: int, stop: int) -> Span:
+        """Tokens ``start:stop`` of all, whichever examples they belong to."""
+        return self.tokens[start:stop], self.supervised[start:stop]
+
+    def read(self, example: int, begin: int, count: int) -> Span:
+        """``count`` tokens of ``example`` from ``begin`` on."""
+        start = int(self.offsets[example]) + begin
+        return self.span(start, start + count)
 
     def select(self, indices: NDArray[np.int64]) -> Corpus:
         """The examples at ``indices``, in that order."""
@@ -74,8 +86,14 @@ def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
 _SPLIT_EPOCH = 2**64 - 1
 
 
-def hold_out(corpus: Corpus, fraction: float, seed: int) -> tuple[Corpus, Corpus]:
-    """Split off a random ``fraction`` of the examples (at least one): ``(train, held_out)``."""
-    order = permutation(len(corpus), seed, _SPLIT_EPOCH)
-    count = max(1, round(fraction * len(corpus)))
-    return corpus.select(np.sort(order[count:])), corpus.select(np.sort(order[:count]))
+def hold_out(examples: Examples, fraction: float, seed: int) -> tuple[Examples, Examples]:
+    """Split off a random ``fraction`` of the examples (at least one): ``(train, held_out)``.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    order = permutation(len(examples), seed, _SPLIT_EPOCH)
+    count = max(1, round(fraction * len(examples)))
+    if count == len(examples):
+        raise DataError("eval.fraction leaves no example to train on; lower it")
+    return examples.select(np.sort(order[count:])), examples.select(np.sort(order[:count]))

@@ -1,126 +1,113 @@
-"""Batches in a deterministic order, resumable to the row, sharded by rank.
+"""Batches in a deterministic order, resumable to the row, shared out among processes.
 
-Rows form one endless stream, epoch after epoch; a batch is the next ``batch_rows`` rows of it,
-and a rank takes its contiguous share. The state is therefore two integers and independent of the
-number of ranks.
+Rows form one endless stream; a batch is the next ``batch_rows`` rows of it, and a process takes
+its contiguous share. The state is therefore independent of the number of processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Protocol
 
 from qwen2kit.backend.protocol import TokenBatch
-from qwen2kit.data.corpus import Corpus, permutation
-from qwen2kit.data.packing import Plan, fill_rows, plan_rows
+from qwen2kit.data.packing import empty_rows
+from qwen2kit.data.row_source import RowSource, RowTable, State, join
 from qwen2kit.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoaderConfig:
-    """How rows are made.
-
-    Attributes:
-        seq_len: tokens per row.
-        batch_rows: rows per batch over all ranks; a multiple of ``world``.
-        seed: of the shuffle.
-        pad_id: token that fills rows; never supervised, never attended to.
-        packing: share rows among examples.
-        split: cut examples at the row's end (documents) instead of keeping them whole.
-        rank, world: this process and how many there are.
-    """
-
-    seq_len: int
-    batch_rows: int
-    seed: int
-    pad_id: int
-    packing: bool = True
-    split: bool = False
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if self.batch_rows % self.world:
-            raise ConfigError(
-                f"batch_rows={self.batch_rows} is not a multiple of the {self.world} processes"
-            )
-
-
-class Loader:
-    """Endless batches of ``corpus``.
-
-    Attributes:
-        epoch: epoch of the next row.
-        row: its index within the epoch.
-    """
-
-    def __init__(self, corpus: Corpus, config: LoaderConfig) -> None:
-        self.corpus = corpus
-        self.config = config
-        self.epoch = 0
-        self.row = 0
-        self._planned: tuple[int, Plan] | None = None
+class Batches(Protocol):
+    """What a training loop needs of a loader."""
 
     def next_batch(self) -> TokenBatch:
-        """This rank's rows of the next batch, ``[batch_rows / world, seq_len]``."""
-        config = self.config
-        rows: Plan = []
-        while len(rows) < config.batch_rows:
-            plan = self._plan(self.epoch)
-            taken = plan[self.row : self.row + config.batch_rows - len(rows)]
-            rows += taken
-            self.row += len(taken)
-            if self.row == len(plan):
-                self.epoch, self.row = self.epoch + 1, 0
-        share = config.batch_rows // config.world
-        mine = rows[config.rank * share : (config.rank + 1) * share]
-        return fill_rows(self.corpus, mine, config.seq_len, config.pad_id)
+        """This process's rows of the next batch."""
+        ...
 
-    def first_rows(self, max_rows: int) -> Iterator[TokenBatch]:
-        """This rank's share of the first ``max_rows`` rows of epoch 0, batch by batch, once each.
+    def state(self) -> State:
+        """Where the next batch starts, as JSON; the same on every process."""
+        ...
 
-        Does not move the loader. The last batch may be shorter.
-        """
-        config = self.config
-        plan = self._plan(0)[:max_rows][config.rank :: config.world]
-        share = config.batch_rows // config.world
-        for start in range(0, len(plan), share):
-            rows = plan[start : start + share]
-            yield fill_rows(self.corpus, rows, config.seq_len, config.pad_id)
+    def restore(self, state: State) -> None:
+        """Continue where `state` was taken, with any number of processes."""
+        ...
 
     def rows_in(self, epoch: int) -> int:
-        """Number of rows in ``epoch`` (all ranks)."""
-        return len(self._plan(epoch))
-
-    def state(self) -> dict[str, int]:
-        """Where the next batch starts, as JSON."""
-        return {"epoch": self.epoch, "row": self.row}
-
-    def restore(self, state: dict[str, int]) -> None:
-        """Continue where `state` was taken."""
-        self.epoch, self.row = state["epoch"], state["row"]
+        """Number of rows in ``epoch`` (all processes). Raises ConfigError if unknown."""
+        ...
 
     def fingerprint(self) -> str:
         """Digest of the data: resuming on other data is refused by comparing it."""
-        return self.corpus.fingerprint()
+        ...
 
     def close(self) -> None:
-        """Stop what loads in the background; the loader is not used afterwards."""
+        """Stop what works in the background; nothing is called afterwards."""
+        ...
 
-    def _plan(self, epoch: int) -> Plan:
-        if self._planned is None or self._planned[0] != epoch:
-            order = permutation(len(self.corpus), self.config.seed, epoch)
-            self._planned = (epoch, self._layout(order))
-        return self._planned[1]
 
-    def _layout(self, order: NDArray[np.int64]) -> Plan:
-        return plan_rows(
-            self.corpus.lengths,
-            order,
-            self.config.seq_len,
-            packing=self.config.packing,
-            split=self.config.split,
-        )
+class Loader:
+    """Endless batches of a source.
+
+    Args:
+        source: the rows.
+        batch_rows: rows per batch over all processes; a multiple of their number.
+        shard: ``(rank, world)``: this process and how many there are.
+
+    Raises:
+        ConfigError: ``batch_rows`` cannot be divided.
+    """
+
+    def __init__(
+        self,
+        source: RowSource,
+        *,
+        batch_rows: int,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        rank, world = shard
+        if batch_rows % world:
+            raise ConfigError(f"batch_rows={batch_rows} is not a multiple of the {world} processes")
+        self._source = source
+        self._batch_rows = batch_rows
+        share = batch_rows // world
+        self._mine = range(rank * share, (rank + 1) * share)
+
+    def next_batch(self) -> TokenBatch:
+        """This process's rows of the next batch, ``[batch_rows / world, seq_len]``."""
+        return self._source.take(self._batch_rows, self._mine)
+
+    def first_rows(self, max_rows: int) -> Iterator[TokenBatch]:
+        """This process's share of the first ``max_rows`` rows of epoch 0, once each.
+
+        Every process gets equally many batches of equal shape: missing rows are padding. Does not
+        move the loader.
+        """
+        table, mine = self._table(), self._mine
+        total = min(max_rows, table.rows_in(0))
+        for start in range(0, total, self._batch_rows):
+            numbers = range(min(start + mine.start, total), min(start + mine.stop, total))
+            missing = len(mine) - len(numbers)
+            padding = empty_rows(missing, table.layout.seq_len, table.layout.pad_id)
+            yield join([table.rows(0, numbers), padding])
+
+    def rows_in(self, epoch: int) -> int:
+        """Number of rows in ``epoch`` (all processes)."""
+        return self._table().rows_in(epoch)
+
+    def state(self) -> State:
+        return self._source.state()
+
+    def restore(self, state: State) -> None:
+        self._source.restore(state)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _table(self) -> RowTable:
+        if self._source.table is None:
+            raise ConfigError(
+                "the rows of streamed or mixed data cannot be counted in advance: set train.steps "
+                "instead of train.epochs, and eval.data instead of eval.fraction"
+            )
+        return self._source.table

@@ -8,15 +8,18 @@ at position 0. Conversations are never cut: they go into the first open row with
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.backend.protocol import TokenBatch
-from qwen2kit.data.corpus import Corpus
 
 IGNORED = -100
 _OPEN_ROWS = 64
+
+Span = tuple[NDArray[np.int32], NDArray[np.bool_] | None]
+"""Tokens, and which of them are to be predicted (None: all)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +101,68 @@ def _first_fit(pairs: list[tuple[int, int]], seq_len: int) -> Plan:
     return plan
 
 
-def fill_rows(corpus: Corpus, rows: Plan, seq_len: int, pad_id: int) -> TokenBatch:
-    """The rows as arrays ``[len(rows), seq_len]``; padding: ``pad_id``, label -100, document -1."""
-    shape = (len(rows), seq_len)
-    tokens = np.full(shape, pad_id, dtype=np.int32)
-    labels = np.full(shape, IGNORED, dtype=np.int32)
-    positions = np.zeros(shape, dtype=np.int32)
-    documents = np.full(shape, -1, dtype=np.int32)
+class Examples(Protocol):
+    """Examples by number.
+
+    Attributes:
+        lengths: tokens per example, int64 ``[examples]``.
+    """
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens per example, int64 ``[examples]``."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, example: int, begin: int, count: int) -> Span:
+        """``count`` tokens of ``example`` from ``begin`` on."""
+        ...
+
+    def select(self, indices: NDArray[np.int64]) -> Examples:
+        """The examples at ``indices``, in that order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Digest of the contents."""
+        ...
+
+
+def empty_rows(rows: int, seq_len: int, pad_id: int) -> TokenBatch:
+    """Padding only, ``[rows, seq_len]``: token ``pad_id``, label -100, document -1."""
+    shape = (rows, seq_len)
+    return TokenBatch(
+        tokens=np.full(shape, pad_id, dtype=np.int32),
+        labels=np.full(shape, IGNORED, dtype=np.int32),
+        positions=np.zeros(shape, dtype=np.int32),
+        documents=np.full(shape, -1, dtype=np.int32),
+    )
+
+
+def fill_rows(examples: Examples, rows: Plan, seq_len: int, pad_id: int) -> TokenBatch:
+    """The rows as arrays ``[len(rows), seq_len]``, padded as `empty_rows`."""
+    batch = empty_rows(len(rows), seq_len, pad_id)
     for r, pieces in enumerate(rows):
         column = 0
         for number, piece in enumerate(pieces):
             here = slice(column, column + piece.length)
-            start = int(corpus.offsets[piece.example]) + piece.begin
-            source = slice(start, start + piece.length)
-            target = slice(start + 1, start + 1 + piece.length)
-            tokens[r, here] = corpus.tokens[source]
-            labels[r, here] = np.where(
-                corpus.supervised[target], corpus.tokens[target], np.int32(IGNORED)
-            )
-            positions[r, here] = np.arange(piece.length, dtype=np.int32)
-            documents[r, here] = number
+            tokens, supervised = examples.read(piece.example, piece.begin, piece.length + 1)
+            batch.tokens[r, here] = tokens[:-1]
+            batch.labels[r, here] = labels_of(tokens, supervised)
+            batch.positions[r, here] = np.arange(piece.length, dtype=np.int32)
+            batch.documents[r, here] = number
             column += piece.length
-    return TokenBatch(tokens, labels, positions, documents)
+    return batch
+
+
+def labels_of(tokens: NDArray[np.int32], supervised: NDArray[np.bool_] | None) -> NDArray[np.int32]:
+    """What each token but the last must predict: the next one, or -100 if not supervised.
+
+    Args:
+        tokens: ``[n + 1]``.
+        supervised: ``[n + 1]``; None means all.
+    """
+    following = tokens[1:]
+    if supervised is None:
+        return following
+    return np.where(supervised[1:], following, np.int32(IGNORED))

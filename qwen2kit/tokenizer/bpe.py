@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +79,17 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Highest id + 1, added tokens included; embedding rows from here on are untrained."""
         return max(self._encoder.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what decides the ids of a text: vocabulary, merges, added tokens,
+        normalisation and splitting. The same for every file format of one tokenizer."""
+        document = json.loads(self._encoder.to_str())
+        added = [[entry["id"], entry["content"]] for entry in document["added_tokens"]]
+        merges = [m if isinstance(m, str) else " ".join(m) for m in document["model"]["merges"]]
+        splits = re.findall(r'"Regex": "(?:[^"\\]|\\.)*"', json.dumps(document["pre_tokenizer"]))
+        content = [self._encoder.get_vocab(), merges, added, document["normalizer"], splits]
+        return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

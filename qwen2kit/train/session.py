@@ -131,4 +131,4 @@ class Session:
 
     @cached_property
     def _fingerprint(self) -> str:
-        return self.data.train.corpus.fingerprint()
+        return self.data.train.fingerprint()

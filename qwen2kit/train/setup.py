@@ -13,8 +13,10 @@ from qwen2kit.config.data_tree import EmbeddedData, FileData
 from qwen2kit.config.tree import ModelConfig, RunConfig
 from qwen2kit.data.corpus import Corpus, hold_out
 from qwen2kit.data.encode import encode_corpus, read_texts
-from qwen2kit.data.loader import Loader, LoaderConfig
-from qwen2kit.errors import BackendError, ConfigError, DataError
+from qwen2kit.data.loader import Loader
+from qwen2kit.data.packing import Examples
+from qwen2kit.data.row_source import PlannedRows, RowLayout, TableSource
+from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.plan.degrees import Degrees
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.presets import preset
@@ -179,16 +181,14 @@ def build_data(
     Raises:
         DataError: as in `encode_corpus`, or holding out leaves nothing to train on.
     """
-    corpus = _encode(config, config.data, tokenizer, note)
-    held_out: Corpus | None = None
+    corpus: Examples = _encode(config, config.data, tokenizer, note)
+    held_out: Examples | None = None
     if config.eval.data is not None:
         held_out = _encode(config, config.eval.data, tokenizer, note)
     elif isinstance(config.data, EmbeddedData):
         held_out = _encode(config, config.data, tokenizer, note, held_out=True)
     elif config.eval.fraction > 0:
         corpus, held_out = hold_out(corpus, config.eval.fraction, config.train.seed)
-        if len(corpus) == 0:
-            raise DataError("eval.fraction leaves no example to train on; lower it")
     return RunData(
         _loader(config, corpus, tokenizer, shard),
         None if held_out is None else _loader(config, held_out, tokenizer, shard),
@@ -227,18 +227,14 @@ def _encode(
 
 
 def _loader(
-    config: RunConfig, corpus: Corpus, tokenizer: Tokenizer, shard: tuple[int, int]
+    config: RunConfig, examples: Examples, tokenizer: Tokenizer, shard: tuple[int, int]
 ) -> Loader:
-    return Loader(
-        corpus,
-        LoaderConfig(
-            seq_len=config.seq_len,
-            batch_rows=config.train.batch_rows,
-            seed=config.train.seed,
-            pad_id=tokenizer.eot_id,
-            packing=config.packing,
-            split=config.task == "pretrain",
-            rank=shard[0],
-            world=shard[1],
-        ),
+    layout = RowLayout(
+        seq_len=config.seq_len,
+        seed=config.train.seed,
+        pad_id=tokenizer.eot_id,
+        packing=config.packing,
+        split=config.task == "pretrain",
     )
+    source = TableSource(PlannedRows(examples, layout))
+    return Loader(source, batch_rows=config.train.batch_rows, shard=shard)

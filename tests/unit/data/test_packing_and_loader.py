@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from qwen2kit.backend.protocol import TokenBatch
 from qwen2kit.data.corpus import Corpus, collect, hold_out, permutation
-from qwen2kit.data.loader import Loader, LoaderConfig
+from qwen2kit.data.loader import Loader
 from qwen2kit.data.packing import IGNORED, fill_rows, plan_rows
+from qwen2kit.data.row_source import PlannedRows, RowLayout, TableSource
 from qwen2kit.errors import ConfigError
 
 PAD = 0
@@ -102,9 +103,9 @@ def test_permutation_depends_on_its_arguments_only() -> None:
     assert not np.array_equal(one, permutation(50, 4, 1))
 
 
-def loader(corpus: Corpus, **changes: int) -> Loader:
-    values = {"seq_len": 16, "batch_rows": 4, "seed": 5, "pad_id": PAD, **changes}
-    return Loader(corpus, LoaderConfig(**values))  # type: ignore[arg-type]
+def loader(corpus: Corpus, batch_rows: int = 4, rank: int = 0, world: int = 1) -> Loader:
+    table = PlannedRows(corpus, RowLayout(seq_len=16, seed=5, pad_id=PAD))
+    return Loader(TableSource(table), batch_rows=batch_rows, shard=(rank, world))
 
 
 def same(a: TokenBatch, b: TokenBatch) -> bool:
@@ -161,7 +162,10 @@ def test_first_rows_does_not_move_the_loader() -> None:
     stream = loader(corpus)
     found = [pair for batch in stream.first_rows(100) for pair in check_rows(batch)]
     assert sorted(found) == sorted(pairs_of(corpus))
-    assert sum(len(batch.tokens) for batch in stream.first_rows(3)) == 3
+    (batch,) = stream.first_rows(3)
+    assert batch.tokens.shape == (4, 16)
+    assert (batch.documents.max(axis=1) >= 0).tolist() == [True, True, True, False]
+    assert check_rows(batch)
     assert stream.state() == {"epoch": 0, "row": 0}
 
 

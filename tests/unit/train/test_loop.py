@@ -13,7 +13,8 @@ import pytest
 
 from qwen2kit.backend.protocol import StepMetrics
 from qwen2kit.data.corpus import collect
-from qwen2kit.data.loader import Loader, LoaderConfig
+from qwen2kit.data.loader import Loader
+from qwen2kit.data.row_source import PlannedRows, RowLayout, TableSource
 from qwen2kit.errors import TrainingError
 from qwen2kit.train.curve import plot_loss, sparkline
 from qwen2kit.train.loop import Cadence, Progress, run_loop
@@ -53,7 +54,8 @@ class Script:
 def play(script: Script, cadence: Cadence, stop: StopRequest, step: int = 0) -> Progress:
     progress = Progress(step=step)
     corpus = collect([([1, 2, 3], [True] * 3)])
-    loader = Loader(corpus, LoaderConfig(seq_len=4, batch_rows=1, seed=0, pad_id=0))
+    rows = PlannedRows(corpus, RowLayout(seq_len=4, seed=0, pad_id=0))
+    loader = Loader(TableSource(rows), batch_rows=1)
     run_loop(
         script,  # type: ignore[arg-type]
         loader,
