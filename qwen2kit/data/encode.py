@@ -1,23 +1,29 @@
-"""Recipe data -> tokenised `Corpus`: documents ended by <|endoftext|>, or masked conversations."""
+"""Rows -> tokens: documents ended by <|endoftext|>, or conversations with a loss mask."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qwen2kit.config.data_tree import EmbeddedData, FileData, TextData, TextFormat
+from qwen2kit.config.data_tree import EmbeddedData, FileData, TextData, TextFormat, is_chat
 from qwen2kit.data.corpus import Corpus, collect
 from qwen2kit.data.embedded import conversation, generate
 from qwen2kit.data.formats import Message, to_messages, to_text
 from qwen2kit.data.rows import Row, read_rows
-from qwen2kit.errors import DataError, Qwen2KitError
+from qwen2kit.errors import DataError, Qwen2KitError, TokenizerError
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.tokenizer.supervision import encode_supervised
 
 Example = tuple[list[int], list[bool]]
+Document = tuple[Row, list[int]]
+"""A row and its tokens, ``<|endoftext|>`` included; no tokens at all if the row has no text."""
+Conversation = tuple[Row, list[int], list[bool]]
+"""A row, its tokens, and which of them are to be predicted."""
 
 # What the default template adds to a conversation; it is worth tokens of its own.
 _WORDS_OF_THE_TEMPLATE = ("system\n", "You are a helpful assistant.", "user\n", "assistant\n")
+# Texts encoded by one call: enough to keep its overhead small, little to hold in memory.
+_BATCH_TEXTS, _BATCH_CHARACTERS = 512, 1 << 18
 
 
 @dataclass(slots=True)
@@ -66,9 +72,14 @@ def encode_corpus(
     """
     report = EncodeReport()
     if task == "sft":
-        examples = _fit(_conversations(data, tokenizer, held_out), seq_len, too_long, report)
+        conversations = encode_conversations(read_messages(data, held_out), tokenizer)
+        examples = _fit(conversations, seq_len, too_long, report)
+    elif is_chat(data):
+        conversations = encode_conversations(read_messages(data, held_out), tokenizer)
+        examples = _counted(as_documents(conversations, tokenizer), report)
     else:
-        examples = _documents(data, tokenizer, held_out, report)
+        assert not isinstance(data, EmbeddedData)
+        examples = _counted(encode_documents(data, read_rows(data), tokenizer), report)
     corpus = collect(examples)
     if len(corpus) == 0:
         raise DataError("the data holds no example to train on; check data.paths and data.format")
@@ -76,39 +87,44 @@ def encode_corpus(
 
 
 def read_messages(
-    data: EmbeddedData | FileData, held_out: bool
+    data: EmbeddedData | FileData, held_out: bool = False
 ) -> Iterator[tuple[Row, list[Message]]]:
     """The conversations of ``data`` with the rows they come from."""
-    if isinstance(data, EmbeddedData):
-        count = data.held_out if held_out else data.questions
-        for number, question in enumerate(generate(data.seed, count, held_out), 1):
-            yield Row("embedded corpus", number, {}), conversation(question)
+    if not isinstance(data, EmbeddedData):
+        yield from messages_of(data, read_rows(data))
         return
+    count = data.held_out if held_out else data.questions
+    for number, question in enumerate(generate(data.seed, count, held_out), 1):
+        yield Row("embedded corpus", number, {}), conversation(question)
+
+
+def messages_of(data: FileData, rows: Iterable[Row]) -> Iterator[tuple[Row, list[Message]]]:
+    """The conversation in every row."""
     assert not isinstance(data, TextData)
-    for row in read_rows(data):
+    for row in rows:
         yield row, to_messages(row, data.format, data.system)
 
 
 def read_texts(data: EmbeddedData | FileData) -> Iterator[str]:
     """All text of ``data``, for training a tokenizer on."""
-    if isinstance(data, TextData) or (
-        not isinstance(data, EmbeddedData) and isinstance(data.format, TextFormat)
-    ):
-        format = TextFormat() if isinstance(data, TextData) else data.format
-        assert isinstance(format, TextFormat)
-        for row in read_rows(data):
-            yield to_text(row, format)
+    if not isinstance(data, EmbeddedData) and not is_chat(data):
+        yield from (text for _, text in _texts(data, read_rows(data)))
         return
-    for _, messages in read_messages(data, held_out=False):
+    for _, messages in read_messages(data):
         yield from _WORDS_OF_THE_TEMPLATE
         for message in messages:
             yield message["content"]
 
 
-def _conversations(
-    data: EmbeddedData | FileData, tokenizer: Tokenizer, held_out: bool
-) -> Iterator[tuple[Row, list[int], list[bool]]]:
-    for row, messages in read_messages(data, held_out):
+def encode_conversations(
+    conversations: Iterable[tuple[Row, list[Message]]], tokenizer: Tokenizer
+) -> Iterator[Conversation]:
+    """Tokens and mask of every conversation.
+
+    Raises:
+        DataError: naming the row that cannot be encoded.
+    """
+    for row, messages in conversations:
         try:
             example = encode_supervised(tokenizer, messages)
         except Qwen2KitError as error:
@@ -116,15 +132,81 @@ def _conversations(
         yield row, example.tokens, example.supervised
 
 
+def encode_documents(
+    data: FileData, rows: Iterable[Row], tokenizer: Tokenizer
+) -> Iterator[list[Document]]:
+    """The documents in ``rows``, in batches; conversations are documents to pre-train on, too.
+
+    Raises:
+        DataError: naming the row that cannot be read or encoded.
+    """
+    if is_chat(data):
+        yield from as_documents(encode_conversations(messages_of(data, rows), tokenizer), tokenizer)
+        return
+    for batch in _batches(_texts(data, rows)):
+        found = _encode(batch, tokenizer)
+        yield [
+            (row, [*tokens, tokenizer.eot_id] if tokens else [])
+            for (row, _), tokens in zip(batch, found, strict=True)
+        ]
+
+
+def as_documents(
+    conversations: Iterable[Conversation], tokenizer: Tokenizer
+) -> Iterator[list[Document]]:
+    """Every conversation as a batch of one document."""
+    for row, tokens, _ in conversations:
+        yield [(row, [*tokens, tokenizer.eot_id])]
+
+
+def _texts(data: FileData, rows: Iterable[Row]) -> Iterator[tuple[Row, str]]:
+    format = TextFormat() if isinstance(data, TextData) else data.format
+    assert isinstance(format, TextFormat)
+    for row in rows:
+        yield row, to_text(row, format)
+
+
+def _batches(texts: Iterable[tuple[Row, str]]) -> Iterator[list[tuple[Row, str]]]:
+    batch: list[tuple[Row, str]] = []
+    characters = 0
+    for row, text in texts:
+        batch.append((row, text))
+        characters += len(text)
+        if len(batch) == _BATCH_TEXTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batch: list[tuple[Row, str]], tokenizer: Tokenizer) -> list[list[int]]:
+    try:
+        return tokenizer.encode_many([text for _, text in batch], allow_special=False)
+    except TokenizerError:
+        for row, text in batch:  # which one was it?
+            try:
+                tokenizer.encode(text, allow_special=False)
+            except TokenizerError as error:
+                raise row.error(str(error)) from None
+        raise
+
+
+def _counted(batches: Iterable[list[Document]], report: EncodeReport) -> Iterator[Example]:
+    for batch in batches:
+        for _, tokens in batch:
+            report.rows += 1
+            if tokens:
+                yield tokens, [True] * len(tokens)
+            else:
+                report.empty += 1
+
+
 def _fit(
-    examples: Iterator[tuple[Row, list[int], list[bool]]],
-    seq_len: int,
-    too_long: str,
-    report: EncodeReport,
+    conversations: Iterable[Conversation], seq_len: int, too_long: str, report: EncodeReport
 ) -> Iterator[Example]:
     # seq_len + 1 tokens make seq_len pairs of input and label.
     limit = seq_len + 1
-    for row, tokens, supervised in examples:
+    for row, tokens, supervised in conversations:
         report.rows += 1
         if len(tokens) > limit:
             if too_long == "refuse":
@@ -138,29 +220,3 @@ def _fit(
             report.dropped += 1
             continue
         yield tokens, supervised
-
-
-def _documents(
-    data: EmbeddedData | FileData, tokenizer: Tokenizer, held_out: bool, report: EncodeReport
-) -> Iterator[Example]:
-    for tokens in _document_tokens(data, tokenizer, held_out):
-        report.rows += 1
-        if not tokens:
-            report.empty += 1
-            continue
-        ended = [*tokens, tokenizer.eot_id]
-        yield ended, [True] * len(ended)
-
-
-def _document_tokens(
-    data: EmbeddedData | FileData, tokenizer: Tokenizer, held_out: bool
-) -> Iterator[list[int]]:
-    if isinstance(data, TextData):
-        for row in read_rows(data):
-            yield tokenizer.encode(row.value["text"], allow_special=False)
-    elif not isinstance(data, EmbeddedData) and isinstance(data.format, TextFormat):
-        for row in read_rows(data):
-            yield tokenizer.encode(to_text(row, data.format), allow_special=False)
-    else:
-        for _, tokens, _ in _conversations(data, tokenizer, held_out):
-            yield tokens

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob
-from itertools import chain, takewhile
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any
 
-from qwen2kit.config.data_tree import FileData, JsonlData, TextData
+from qwen2kit.config.data_tree import FileData, JsonlData, RowFormat, TextData, TextFormat
+from qwen2kit.data.text_files import open_text
 from qwen2kit.errors import DataError, MissingExtra
 
 
@@ -33,20 +35,44 @@ class Row:
         return DataError(f"{self.file}, row {self.number}: {problem}")
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a file that can be read by itself.
+
+    Attributes:
+        start, stop: bytes of plain text and of JSON lines, row groups of Parquet; ``stop=None`` is
+            the end of the file.
+    """
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}, from byte {self.start} on" if self.start else str(self.path)
+
+
 def read_rows(data: FileData) -> Iterator[Row]:
     """All rows of ``data``: patterns in the order given, their matches sorted.
 
     Raises:
         DataError: a pattern matches nothing, or a file cannot be read; the message names it.
-        MissingExtra: Parquet without pyarrow.
+        MissingExtra: Parquet or ``.zst`` without pyarrow.
     """
     for path in expand(data.paths):
-        if isinstance(data, TextData):
-            yield from _text_rows(path, data.split)
-        elif isinstance(data, JsonlData):
-            yield from _json_rows(path)
-        else:
-            yield from _parquet_rows(path)
+        yield from read_part(data, Part(path))
+
+
+def read_part(data: FileData, part: Part, skip: int = 0) -> Iterator[Row]:
+    """The rows of ``part`` whose number exceeds ``skip``; numbers count from its beginning.
+
+    Raises as `read_rows`.
+    """
+    if isinstance(data, TextData):
+        return _text_rows(part, data.split, skip)
+    if isinstance(data, JsonlData):
+        return _json_rows(part, skip)
+    return _parquet_rows(part, data.format, skip)
 
 
 def expand(patterns: tuple[str, ...]) -> list[Path]:
@@ -66,23 +92,21 @@ def expand(patterns: tuple[str, ...]) -> list[Path]:
     return list(found)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from file
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+def _lines(part: Part) -> Iterator[str]:
+    with open_text(part.path, part.start, part.stop) as file:
+        yield from file
 
 
-def _text_rows(path: Path, split: str) -> Iterator[Row]:
+def _text_rows(part: Part, split: str, skip: int) -> Iterator[Row]:
     if split == "file":
-        texts: Iterator[str] = iter(["".join(_lines(path))])
+        texts: Iterator[str] = iter(["".join(_lines(part))])
     elif split == "line":
-        texts = (line.rstrip("\r\n") for line in _lines(path))
+        texts = (line.rstrip("\r\n") for line in _lines(part))
     else:
-        texts = _paragraphs(_lines(path))
+        texts = _paragraphs(_lines(part))
     for number, text in enumerate(texts, 1):
-        yield Row(str(path), number, {"text": text})
+        if number > skip:
+            yield Row(str(part), number, {"text": text})
 
 
 def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
@@ -92,53 +116,86 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
             yield "".join(chain([line], rest)).rstrip("\r\n")
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    lines = _lines(path)
-    first = next((line for line in lines if line.strip()), "")
-    if first.lstrip().startswith("["):
-        yield from _json_array(path)
+def is_json_array(path: Path) -> bool:
+    """Whether the file holds one array instead of an object per line."""
+    with open_text(path) as file:
+        while text := file.read(1024):
+            if text.strip():
+                return text.lstrip().startswith("[")
+    return False
+
+
+def _json_rows(part: Part, skip: int) -> Iterator[Row]:
+    if part.start == 0 and is_json_array(part.path):
+        yield from islice(_json_array(part.path), skip, None)
         return
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            yield _object(path, number, _parse(path, number, line))
+    for number, line in enumerate(_lines(part), 1):
+        if number > skip and line.strip():
+            yield _object(str(part), number, _parse(str(part), number, line))
 
 
 def _json_array(path: Path) -> Iterator[Row]:
     try:
-        values = json.loads("".join(_lines(path)))
+        values = json.loads("".join(_lines(Part(path))))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
     for number, value in enumerate(values, 1):
-        yield _object(path, number, value)
+        yield _object(str(path), number, value)
 
 
-def _parse(path: Path, number: int, line: str) -> Any:
+def _parse(file: str, number: int, line: str) -> Any:
     try:
         return json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{path}, row {number}: not valid JSON: {reason}") from None
+        raise DataError(f"{file}, row {number}: not valid JSON: {reason}") from None
 
 
-def _object(path: Path, number: int, value: Any) -> Row:
+def _object(file: str, number: int, value: Any) -> Row:
     if not isinstance(value, dict):
-        raise DataError(f"{path}, row {number}: expected a JSON object, got {type(value).__name__}")
-    return Row(str(path), number, value)
+        raise DataError(f"{file}, row {number}: expected a JSON object, got {type(value).__name__}")
+    return Row(file, number, value)
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """A ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        DataError: the file cannot be read, now or within the block.
+        MissingExtra: pyarrow is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise MissingExtra("torch", "pyarrow") from None
-    number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(str(path), number, value)
-    except pyarrow.ArrowException as error:
+            yield file
+    except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(f"{path} is not a readable Parquet file: {reason}") from None
+
+
+def _parquet_rows(part: Part, format: RowFormat, skip: int) -> Iterator[Row]:
+    with open_parquet(part.path) as file:
+        columns = None
+        if isinstance(format, TextFormat) and format.column in file.schema_arrow.names:
+            columns = [format.column]
+        stop = file.num_row_groups if part.stop is None else part.stop
+        number = 0
+        for group in range(part.start, stop):
+            rows = file.metadata.row_group(group).num_rows
+            if number + rows <= skip:
+                number += rows
+                continue
+            for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
+                for value in batch.to_pylist():
+                    number += 1
+                    if number > skip:
+                        yield Row(_group_label(part), number, value)
+
+
+def _group_label(part: Part) -> str:
+    return f"{part.path}, from row group {part.start} on" if part.start else str(part.path)

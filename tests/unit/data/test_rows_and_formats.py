@@ -49,11 +49,13 @@ def test_jsonl_array_and_parquet_give_the_same_rows(tmp_path: Path) -> None:
     for data in (
         JsonlData(paths=(str(one),)),
         JsonlData(paths=(str(two),)),
-        ParquetData(paths=(str(three),)),
+        ParquetData(paths=(str(three),), format=MessagesFormat()),
     ):
         rows = list(read_rows(data))
         assert [dict(r.value) for r in rows] == values
         assert [r.number for r in rows] == [1, 2, 3, 4, 5]
+    only_text = read_rows(ParquetData(paths=(str(three),)))
+    assert [dict(r.value) for r in only_text] == [{"text": value["text"]} for value in values]
 
 
 def test_globs_are_sorted_and_do_not_repeat(tmp_path: Path) -> None:
