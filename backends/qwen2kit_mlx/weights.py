@@ -6,12 +6,14 @@ objects, everything outside sees the canonical names of the schema.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from qwen2kit.adapters.lora import LowRank
+from qwen2kit.adapters.merge import AdaptedSource
 from qwen2kit.errors import WeightError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import EMBED_TOKENS, FINAL_NORM, LM_HEAD, Param, schema
@@ -20,6 +22,7 @@ from qwen2kit.weights.source import AffineTensor, WeightSource
 from qwen2kit.weights.tensor import HostTensor, from_bits, from_numpy
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.linear import Affine, Dense, Matrix, Single, Stacked
+from qwen2kit_mlx.lora import adapt
 from qwen2kit_mlx.model import LayerParams, ModelParams
 
 BITS = (2, 3, 4, 6, 8)
@@ -58,15 +61,20 @@ class WeightLoader:
     def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: mx.Dtype) -> None:
         self._spec, self._kernels, self._dtype = spec, kernels, dtype
         self._homes: dict[str, _Home] = {}
+        self._update: Callable[[str], LowRank | None] = lambda name: None
         self.tensors = self.bytes = 0
 
     def load(self, weights: WeightSource) -> ModelParams:
         """Build all parameters, one layer in transit at a time.
 
+        An adapter is kept beside the matrices it updates, not merged into them.
+
         Raises:
             WeightError: names, shapes or the quantisation of ``weights`` do not fit.
         """
         check_fits(self._spec, weights)
+        if isinstance(weights, AdaptedSource):
+            self._update, weights = weights.update, weights.base
         self.tensors = len(schema(self._spec))
         by_layer: dict[int, dict[str, dict[str, Param]]] = {}
         for param in schema(self._spec):
@@ -115,7 +123,9 @@ class WeightLoader:
     def _stack(self, weights: WeightSource, modules: list[dict[str, Param]]) -> Matrix:
         parts = [self._part(weights, module) for module in modules]
         sizes = [module["weight"].shape[0] for module in modules]
-        stacked = _stacked(parts, sizes)
+        updates = [self._update(module["weight"].name) for module in modules]
+        self.bytes += sum(u.a.nbytes + u.b.nbytes for u in updates if u is not None)
+        stacked = adapt(self._kernels, _stacked(parts, sizes), sizes, updates, self._dtype)
         start = 0
         for module, part, size in zip(modules, parts, sizes, strict=True):
             self._homes[module["weight"].name] = _Home(stacked, start, start + size)

@@ -23,6 +23,9 @@ def model_provenance(loaded: LoadedModel) -> dict[str, Any]:
         "path": str(checkpoint.path),
         "format": checkpoint.format,
         "files": file_digests(checkpoint.path),
+        "adapter": None
+        if checkpoint.adapter is None
+        else {"path": str(checkpoint.adapter), "files": file_digests(checkpoint.adapter)},
         "quantization": None if quantization is None else str(quantization),
         "stored_dtype": checkpoint.dtype,
         "backend": loaded.backend.name,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qwen2kit.errors import WeightError
+from qwen2kit.errors import ConfigError, WeightError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import schema
-from qwen2kit.weights.tensor import HostTensor
+from qwen2kit.weights.tensor import FLOAT_DTYPES, DType, HostTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +69,7 @@ class Adapter:
         modules: updates by module path.
         base_model: the model it was trained on, as its config names it, or None.
         dropout: probability during training; no part of what the adapter computes.
+        rslora: whether scales follow the rank-stabilised rule; for the config that is written.
     """
 
     path: Path
@@ -76,6 +77,17 @@ class Adapter:
     modules: Mapping[str, LowRank] = field(repr=False)
     base_model: str | None = None
     dropout: float = 0.0
+    rslora: bool = False
+
+    @property
+    def rank(self) -> int:
+        """The largest r."""
+        return max(update.rank for update in self.modules.values())
+
+    @property
+    def dtype(self) -> DType:
+        """Float dtype of the first factor."""
+        return next(iter(self.modules.values())).a.dtype
 
     def check_fits(self, spec: ModelSpec) -> None:
         """Compare modules and shapes with the matrices of ``spec``.
@@ -110,6 +122,42 @@ def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
 def factor_names(path: str) -> tuple[str, str]:
     """Names of A and B of the module ``path``, as parameters of the model."""
     return f"{path}.lora_A{WEIGHT}", f"{path}.lora_B{WEIGHT}"
+
+
+def pair_up(
+    path: Path, factors: Mapping[str, dict[str, HostTensor]], sides: tuple[str, str]
+) -> Iterator[tuple[str, HostTensor, HostTensor]]:
+    """Module path, A and B of every module, checked to belong together.
+
+    Args:
+        path: the file, for messages.
+        factors: by module, then by side; ``[r, in]`` and ``[out, r]``.
+        sides: what the two sides are called there.
+
+    Raises:
+        WeightError: a side is missing, no float matrix, or their ranks differ.
+    """
+    if not factors:
+        raise WeightError(f"{path}: holds no low-rank updates")
+    for module, found in factors.items():
+        lacking = [side for side in sides if side not in found]
+        if lacking:
+            raise WeightError(f"{path}: {module} has no {lacking[0]}; the file is incomplete")
+        a, b = (found[side] for side in sides)
+        sound = all(len(t.shape) == 2 and t.dtype in FLOAT_DTYPES for t in (a, b))
+        if not sound or a.shape[0] != b.shape[1] or not a.shape[0]:
+            raise WeightError(
+                f"{path}: the factors of {module} do not belong together: A is {a.dtype} "
+                f"{list(a.shape)}, B is {b.dtype} {list(b.shape)} ([r, in] and [out, r] expected)"
+            )
+        yield module, a, b
+
+
+def finite_number(path: Path, key: str, value: object) -> float:
+    """``value`` of a config file, if it is a finite number. Raises ConfigError."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not isfinite(value):
+        raise ConfigError(f"{path}: {key} must be a number, got {value!r}")
+    return float(value)
 
 
 def adaptable(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, int]]]:

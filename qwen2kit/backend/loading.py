@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from qwen2kit.adapters.merge import open_model
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport
 from qwen2kit.backend.registry import get
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.bpe import Tokenizer
-from qwen2kit.weights.checkpoint import Checkpoint, open_checkpoint
-from qwen2kit.weights.locate import locate
+from qwen2kit.weights.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,15 +44,22 @@ class LoadedModel:
 
 
 def load_model(
-    model: str | Path, *, backend: str = "auto", plan: ExecutionPlan | None = None
+    model: str | Path,
+    *,
+    backend: str = "auto",
+    plan: ExecutionPlan | None = None,
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Load ``model`` (directory, GGUF file, run directory or hub id) on ``backend``.
+
+    ``adapter`` is a LoRA adapter of it (PEFT or mlx-lm layout, or the run that trained it); an
+    adapter may also stand in the place of ``model`` if it names its base.
 
     Raises:
         Qwen2KitError: of the kind that says what is wrong (weights, config, backend, extra).
     """
     chosen = get(backend)
-    checkpoint = open_checkpoint(locate(str(model)))
+    checkpoint = open_model(str(model), None if adapter is None else str(adapter))
     tokenizer = checkpoint.tokenizer()
     plan = plan or ExecutionPlan()
     compiled = chosen.compile(checkpoint.spec, plan)

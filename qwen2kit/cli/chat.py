@@ -28,6 +28,9 @@ def chat(
     backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
@@ -55,7 +58,11 @@ def chat(
     question = prompt if prompt is not None else _piped()
     if json_output and question is None:
         raise ConfigError("--json needs --prompt TEXT or text on stdin")
-    session = _open(model, backend, dtype, device, system, sampling)
+    if adapter is not None and model is None:
+        raise ConfigError(
+            "--adapter needs the model it belongs to: qwen2kit chat MODEL --adapter DIR"
+        )
+    session = _open(model, adapter, backend, dtype, device, system, sampling)
     if question is None:
         from qwen2kit.cli.chat_loop import converse
 
@@ -79,6 +86,7 @@ def _piped() -> str | None:
 
 def _open(
     model: str | None,
+    adapter: str | None,
     backend: str,
     dtype: str,
     device: str,
@@ -94,7 +102,7 @@ def _open(
     plan = ExecutionPlan(device=device, dtype=dtype)
     chosen = model if model is not None else _default_model()
     with console().status(f"loading {chosen}"):
-        loaded = load_model(chosen, backend=backend, plan=plan)
+        loaded = load_model(chosen, backend=backend, plan=plan, adapter=adapter)
     session = ChatSession(loaded, system=system, **sampling)
     for key in loaded.checkpoint.generation.ignored:
         console().print(f"note: {key} of generation_config.json is not supported", markup=False)
@@ -110,6 +118,10 @@ def _default_model() -> str:
     chosen = DEFAULT_MODEL if run is None else str(run)
     console().print(f"no model given; taking {chosen}", markup=False)
     return chosen
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _answer_once(session: ChatSession, question: str, json_output: bool) -> None:
@@ -132,6 +144,7 @@ def _answer_once(session: ChatSession, question: str, json_output: bool) -> None
             "first_token_seconds": round(answer.first_token_seconds, 4),
             "tokens_per_second": round(answer.tokens_per_second, 2),
             "model": str(session.loaded.checkpoint.path),
+            "adapter": _text(session.loaded.checkpoint.adapter),
             "backend": session.loaded.backend.name,
         }
     )

@@ -14,6 +14,7 @@ from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qwen2kit.weights.checkpoint import Checkpoint
     from qwen2kit.weights.convert import ConversionReport
     from qwen2kit.weights.verify import VerifyReport
 
@@ -30,7 +31,10 @@ _UNITS = {
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Directory, GGUF file, run directory or hub id; or an adapter alone."),
+    ],
     out: Annotated[Path, typer.Argument(help="Output directory, or a .gguf file.")],
     to: Annotated[
         str | None, typer.Option(help="hf, mlx or gguf; default: gguf for a .gguf name, else hf.")
@@ -45,6 +49,9 @@ def convert(
     gguf_type: Annotated[
         str | None, typer.Option(help="gguf: f32, f16, bf16 or q8_0; default: that of the dtype.")
     ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="Merge this LoRA adapter: directory, run or hub id.")
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare tensors, and logits on every backend.")
     ] = False,
@@ -55,8 +62,13 @@ def convert(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
 ) -> None:
-    """Convert a checkpoint; nothing appears under OUT before it is complete."""
-    from qwen2kit.weights.checkpoint import open_checkpoint
+    """Convert a checkpoint; nothing appears under OUT before it is complete.
+
+    With --adapter, a LoRA adapter is merged into it. Given an adapter instead of a model, the
+    adapter alone is converted: --to hf is PEFT's layout, --to mlx is mlx-lm's.
+    """
+    from qwen2kit.adapters.directory import is_adapter
+    from qwen2kit.adapters.merge import open_model
     from qwen2kit.weights.convert import convert as run
     from qwen2kit.weights.locate import locate
 
@@ -64,7 +76,15 @@ def convert(
     limit = parse_size(max_shard_size)
     if not 0 <= tolerance < float("inf"):
         raise ConfigError(f"--tolerance must be a number of at least 0, got {tolerance}")
-    source = open_checkpoint(locate(model))
+    if adapter is None and is_adapter(locate(model)):
+        from qwen2kit.cli.adapter import convert_alone
+
+        whole = {"--bits": bits, "--gguf-type": gguf_type, "--verify": verify or None}
+        convert_alone(
+            locate(model), out, target, dtype, whole, force=force, json_output=json_output
+        )
+        return
+    source = open_model(model, adapter)
     with _progress("converting") as step:
         report = run(
             source,
@@ -78,7 +98,7 @@ def convert(
             force=force,
             progress=step,
         )
-    proof = _prove(model, out, tolerance) if verify else None
+    proof = _prove(source, out, tolerance) if verify else None
     if json_output:
         emit_json({**report.to_dict(), "verify": None if proof is None else proof.to_dict()})
     _print(report, proof)
@@ -105,14 +125,13 @@ def _target(to: str | None, out: Path) -> Literal["hf", "mlx", "gguf"]:
     raise ConfigError(f"--to must be hf, mlx or gguf, got {to!r}")
 
 
-def _prove(model: str, out: Path, tolerance: float) -> VerifyReport:
+def _prove(source: Checkpoint, out: Path, tolerance: float) -> VerifyReport:
     from qwen2kit.weights.checkpoint import open_checkpoint
-    from qwen2kit.weights.locate import locate
     from qwen2kit.weights.verify import verify
 
     with _progress("verifying") as step:
         return verify(
-            open_checkpoint(locate(model)),
+            source,
             open_checkpoint(out),
             tolerance=tolerance,
             strict=False,

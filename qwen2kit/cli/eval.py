@@ -26,6 +26,9 @@ def evaluate(
     backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
+    ] = None,
     limit: Annotated[
         float | None, typer.Option(help="Documents per task; below 1 a fraction.")
     ] = None,
@@ -79,6 +82,7 @@ def evaluate(
             console().print(f"note: {notice}", markup=False)
         result = _run(
             model,
+            adapter,
             backend,
             plan,
             selection,
@@ -92,12 +96,18 @@ def evaluate(
 
 
 def _run(
-    model: str, backend: str, plan: ExecutionPlan, selection: TaskSelection, **options: Any
+    model: str,
+    adapter: str | None,
+    backend: str,
+    plan: ExecutionPlan,
+    selection: TaskSelection,
+    **options: Any,
 ) -> EvalResult:
     from qwen2kit.backend.loading import load_model
     from qwen2kit_evals.run import evaluate as run
 
-    return run(load_model(model, backend=backend, plan=plan), selection, **options)
+    loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
+    return run(loaded, selection, **options)
 
 
 def _report(result: EvalResult, *, already: int, json_output: bool) -> None:

@@ -65,6 +65,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
+        "adapter": None if checkpoint.adapter is None else str(checkpoint.adapter),
         "dtype": checkpoint.dtype,
         "quantization": None
         if quantization is None

@@ -116,6 +116,9 @@ def choose(
     loaders: list[PeerLoader] = [BackendPeer(name) for name in _known(backends)]
     refused: dict[str, str] = {}
     for name in names:
+        if checkpoint.adapter is not None:
+            refused[name] = "reads whole models; merge the adapter first: qwen2kit convert"
+            continue
         try:
             loaders.append(registered[name].load()())
         except ImportError as error:

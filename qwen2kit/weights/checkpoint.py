@@ -14,6 +14,7 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import FINAL_NORM
 from qwen2kit.weights.generation import GenerationDefaults, read_generation
 from qwen2kit.weights.hf_layout import open_weights, read_json, refuse_foreign_quantization
+from qwen2kit.weights.locate import ADAPTER_CONFIG
 from qwen2kit.weights.match import check_fits
 from qwen2kit.weights.mlx_layout import MlxSource, is_mlx
 from qwen2kit.weights.quantization import Quantization, read_quantization
@@ -39,6 +40,7 @@ class Checkpoint:
             types.
         quantization: MLX affine settings, or None. GGUF block types are per tensor and not here.
         generation: stop ids and sampling defaults.
+        adapter: directory of the LoRA adapter that ``weights`` include, or None.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class Checkpoint:
     quantization: Quantization | None
     generation: GenerationDefaults
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)
+    adapter: Path | None = None
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer that belongs to the model. Raises TokenizerError."""
@@ -57,6 +60,8 @@ class Checkpoint:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a model directory (HF or MLX layout) or a ``.gguf`` file.
+
+    An adapter directory is opened together with the base model that it names.
 
     Raises:
         ConfigError: config.json or the GGUF metadata is not a supported Qwen2-family model.
@@ -71,6 +76,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def _open_directory(path: Path) -> Checkpoint:
     config_path = path / "config.json"
+    if (path / ADAPTER_CONFIG).is_file() and not config_path.is_file():
+        from qwen2kit.adapters.merge import open_on_base
+
+        return open_on_base(path)
     if not config_path.is_file():
         raise WeightError(f"{path}: no config.json; this is not a model directory")
     config = read_json(config_path)

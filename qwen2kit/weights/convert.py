@@ -222,7 +222,11 @@ def _record(job: _Job, sums: dict[str, str]) -> dict[str, Any]:
     return {
         "kind": "conversion",
         "schema_version": 1,
-        "source": {"path": str(job.source.path), "format": job.source.format},
+        "source": {
+            "path": str(job.source.path),
+            "format": job.source.format,
+            "adapter": None if job.source.adapter is None else str(job.source.adapter),
+        },
         "dtype": job.dtype,
         "quantization": _describe(job),
         "versions": {"python": platform.python_version(), **packages},

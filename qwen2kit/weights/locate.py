@@ -7,12 +7,14 @@ from pathlib import Path
 
 from qwen2kit.errors import WeightError
 
+ADAPTER_CONFIG = "adapter_config.json"
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.jinja", "*.tiktoken")
 
 
 def locate(model: str) -> Path:
-    """A model directory (HF or MLX layout) or a ``.gguf`` file.
+    """A model directory (HF or MLX layout), an adapter directory, or a ``.gguf`` file.
 
     Args:
         model: existing directory, run directory of ``qwen2kit train``, ``.gguf`` file, or hub id
@@ -40,19 +42,18 @@ def latest_run(root: Path) -> Path | None:
     """The run directory under ``root`` whose finished ``model/`` is newest, or None."""
     if not root.is_dir():
         return None
-    runs = [run for run in root.iterdir() if (run / "model" / "config.json").is_file()]
-    return max(
-        runs,
-        key=lambda run: ((run / "model" / "config.json").stat().st_mtime_ns, run.name),
-        default=None,
-    )
+    finished = [
+        (config.stat().st_mtime_ns, run.name, run)
+        for run in root.iterdir()
+        if (config := _config_of(run / "model")) is not None
+    ]
+    return max(finished)[2] if finished else None
 
 
 def _in_directory(path: Path) -> Path:
-    if (path / "config.json").is_file():
-        return path
-    if (path / "model" / "config.json").is_file():
-        return path / "model"
+    for directory in (path, path / "model"):
+        if _config_of(directory) is not None:
+            return directory
     if (path / "run.json").is_file():
         raise WeightError(
             f"{path}: this run has no finished model; resume it with: qwen2kit train --resume"
@@ -65,6 +66,11 @@ def _in_directory(path: Path) -> Path:
             f"{path}: holds {len(ggufs)} GGUF files; name one, for example {ggufs[0]}"
         )
     raise WeightError(f"{path}: no config.json and no .gguf file; this is not a model directory")
+
+
+def _config_of(directory: Path) -> Path | None:
+    """The file that makes ``directory`` a model or an adapter, or None."""
+    return next((file for name in _CONFIGS if (file := directory / name).is_file()), None)
 
 
 def _download(model: str) -> Path:

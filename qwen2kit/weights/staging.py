@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qwen2kit.errors import ConfigError
+from qwen2kit.weights.locate import ADAPTER_CONFIG
 
 
 @contextmanager
@@ -38,15 +39,15 @@ def staged_directory(out: Path, *, force: bool) -> Iterator[Path]:
 def refuse_overwrite(out: Path, *, force: bool) -> None:
     """ConfigError if writing ``out`` would destroy something.
 
-    An empty directory may be filled. ``force`` allows replacing a model (a directory with a
-    config.json, or a ``.gguf`` file), never any other directory.
+    An empty directory may be filled. ``force`` allows replacing a model or an adapter (a directory
+    with its config, or a ``.gguf`` file), never any other directory.
     """
     if out.is_symlink() or (out.exists() and not (out.is_dir() or out.is_file())):
         raise ConfigError(f"{out}: is not a plain file or directory; choose another output")
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise ConfigError(f"{out}: already exists and is not empty; use --force to replace it")
-        if not (out / "config.json").is_file():
+        if not any((out / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise ConfigError(
                 f"{out}: is not a model directory, so even --force does not replace it; "
                 "choose another output"
