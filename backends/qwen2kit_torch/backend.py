@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.processes import Processes
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, CompiledModel, Device
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.compiled import TorchModel
@@ -19,7 +20,9 @@ class TorchBackend:
 
     def capabilities(self) -> Capabilities:
         """Dense models with full or sliding-window attention; quantised weights are expanded."""
-        return Capabilities(dtypes=tuple(DTYPES), trains=True, sliding_window=True)
+        return Capabilities(
+            dtypes=tuple(DTYPES), trains=True, distributed=True, sliding_window=True
+        )
 
     def devices(self) -> tuple[Device, ...]:
         """CUDA devices, then MPS, then the CPU."""
@@ -44,3 +47,15 @@ class TorchBackend:
         from qwen2kit_torch.train.model import TorchTrainableModel
 
         return TorchTrainableModel(spec, plan)
+
+    def processes(self, plan: ExecutionPlan) -> Processes:
+        """Join the other processes that ``torchrun`` started."""
+        from qwen2kit_torch.parallel.processes import connect
+
+        return connect(plan.device)
+
+    def launch_command(self, processes: int, *, max_restarts: int = 0) -> list[str]:
+        """``torchrun`` on this machine."""
+        from qwen2kit_torch.parallel.processes import launch_command
+
+        return launch_command(processes, max_restarts=max_restarts)

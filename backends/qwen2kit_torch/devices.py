@@ -34,13 +34,15 @@ def devices() -> tuple[Device, ...]:
 
 
 def resolve_device(plan: ExecutionPlan) -> torch.device:
-    """The device a plan names; ``auto`` is the best one, ``cuda`` the first CUDA device.
+    """The device a plan names; ``auto`` is the best one, ``cuda`` this process's CUDA device.
 
     Raises:
         BackendError: there is no such device here.
     """
     names = [device.name for device in devices()]
-    wanted = {"auto": names[0], "cuda": "cuda:0"}.get(plan.device, plan.device)
+    own = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cuda:0"
+    best = own if own in names else names[0]
+    wanted = {"auto": best, "cuda": own}.get(plan.device, plan.device)
     if wanted not in names:
         raise BackendError(
             f"torch has no device {plan.device!r} on this machine; available: {', '.join(names)}"

@@ -181,7 +181,7 @@ class Qwen2(nn.Module):
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
         self._packed_head: Tensor | None = None
         self._settled = False
-        self._rotary = Rotary(spec)
+        self.rotary = Rotary(spec)
         self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
     def forward(self, tokens: Tensor, **kwargs: Tensor | KVCache | None) -> Tensor:
@@ -279,12 +279,12 @@ class Qwen2(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         total = max(start) + length
         if positions is None and min(start) == max(start):
-            cos, sin = self._rotary.tables(total, like.device, like.dtype)
+            cos, sin = self.rotary.tables(total, like.device, like.dtype)
             return cos[start[0] : total, None], sin[start[0] : total, None]
         if positions is None:
             rows = torch.tensor(start, device=like.device)
             positions = rows[:, None] + torch.arange(length, device=like.device)
-        cos, sin = self._rotary.tables(total, like.device, like.dtype)
+        cos, sin = self.rotary.tables(total, like.device, like.dtype)
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
     def _check_length(self, length: int) -> None:

@@ -236,8 +236,10 @@ def test_resume_is_bit_identical(stop_after: int, tmp_path: Path) -> None:
     losses = []
     for step, batch in enumerate(stream):
         if step == stop_after:
-            model.save_state(tmp_path)
+            saving = model.save_state(tmp_path)  # is written while training goes on
         losses.append(model.train_step(batch, 1e-3 * (step + 1)).loss)
+    files = saving.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files)
     again = trainable(spec)
     again.restore_state(tmp_path)
     resumed = [
@@ -254,12 +256,12 @@ def test_state_of_another_model_or_a_damaged_one_is_refused(tmp_path: Path) -> N
     spec = small_spec()
     model = loaded(spec)
     model.train_step(next(batches(spec, 1)), 1e-3)
-    model.save_state(tmp_path)
+    (name,) = model.save_state(tmp_path).wait()
     with pytest.raises(WeightError, match="another model"):
-        trainable(small_spec(num_hidden_layers=2)).restore_state(tmp_path)
-    file = tmp_path / "optimizer.safetensors"
+        trainable(small_spec(num_hidden_layers=4)).restore_state(tmp_path)
+    file = tmp_path / name
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(WeightError, match=r"optimizer\.safetensors"):
+    with pytest.raises(WeightError, match="cannot be read"):
         trainable(spec).restore_state(tmp_path)
     file.unlink()
     with pytest.raises(WeightError, match="missing"):

@@ -1,4 +1,4 @@
-"""A host batch as micro-batches on the device, trimmed of what need not be computed."""
+"""A host batch as micro-batches on the device: this process's part, and what it attends to."""
 
 from __future__ import annotations
 
@@ -7,50 +7,151 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit_torch.attention import Attend, Visibility, visibilities
+from qwen2kit_torch.parallel.context import (
+    GatheredAttend,
+    chunks_of,
+    gathered_positions,
+    positions_of,
+)
+from qwen2kit_torch.train.segments import VarlenAttend, segments
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Rows of one forward pass: B rows, T tokens, N supervised positions.
+    """Rows of one forward pass: B rows, T tokens of each held here, N supervised positions.
 
     Attributes:
         tokens: int64 ``[B, T]``.
-        positions, documents: int64 ``[B, T]``, or None where every row is one document that
-            starts at position 0, so that plain causal attention is exact.
-        where: int64 ``[N]``, supervised positions in the flattened ``B * T``.
+        positions: int64 ``[B, T]``, or None where every row counts from 0.
+        length: tokens of a whole row, an upper bound of ``positions``.
+        visible: attention for every window length in use.
+        where: int64 ``[N]``, supervised positions in the flattened ``B * T``, or None for all.
         labels: int64 ``[N]``, what to predict there.
     """
 
     tokens: Tensor
     positions: Tensor | None
-    documents: Tensor | None
-    where: Tensor
+    length: int
+    visible: dict[int | None, Attend]
+    where: Tensor | None
     labels: Tensor
 
 
-def micro_batches(batch: TokenBatch, rows: int, device: torch.device) -> Iterator[MicroBatch]:
-    """``batch`` in slices of ``rows`` rows; slices without any supervised position are left out."""
-    for start in range(0, len(batch.tokens), rows):
-        part = slice(start, start + rows)
-        used = (batch.documents[part] >= 0).any(axis=0)
-        length = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
-        labels = batch.labels[part, :length]
-        where = np.flatnonzero(labels >= 0)
-        if len(where) == 0:
-            continue
-        positions, documents = batch.positions[part, :length], batch.documents[part, :length]
-        packed = not _plain(positions, documents)
-        yield MicroBatch(
-            tokens=_move(batch.tokens[part, :length], device),
-            positions=_move(positions, device) if packed else None,
-            documents=_move(documents, device) if packed else None,
-            where=_move(where, device),
-            labels=_move(labels.reshape(-1)[where], device),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cutting:
+    """How batches are cut.
+
+    Attributes:
+        rows: rows per micro-batch.
+        device: where tensors go.
+        windows: sliding-window lengths of the model's layers (None is full attention).
+        fixed: keep every micro-batch and its full length, because compiled code or other
+            processes count on equal shapes; otherwise trailing padding and micro-batches
+            without supervised tokens are left out.
+        varlen: use flash attention's varlen kernels for packed rows, not masks.
+        cp: the context-parallel group, None without.
+    """
+
+    rows: int
+    device: torch.device
+    windows: tuple[int | None, ...]
+    fixed: bool = False
+    varlen: bool = False
+    cp: dist.ProcessGroup | None = None
+
+    def __call__(self, batch: TokenBatch) -> Iterator[MicroBatch]:
+        """``batch`` in slices of ``rows`` rows."""
+        for start in range(0, len(batch.tokens), self.rows):
+            part = slice(start, start + self.rows)
+            length = batch.tokens.shape[1]
+            if not self.fixed:
+                used = (batch.documents[part] >= 0).any(axis=0)
+                length = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 0
+                if not (batch.labels[part, :length] >= 0).any():
+                    continue
+            yield self._micro(
+                batch.tokens[part, :length],
+                batch.labels[part, :length],
+                batch.positions[part, :length],
+                batch.documents[part, :length],
+            )
+
+    def _micro(
+        self,
+        tokens: NDArray[np.int32],
+        labels: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        documents: NDArray[np.int32],
+    ) -> MicroBatch:
+        length = tokens.shape[1]
+        plain = _plain(positions, documents)
+        here = positions_of(*self._place, length)
+        flat = labels[:, here].reshape(-1)
+        where = np.flatnonzero(flat >= 0)
+        everything = len(where) == len(flat)
+        counting = plain and self.cp is None
+        return MicroBatch(
+            tokens=self._move(tokens[:, here]),
+            positions=None if counting else self._move(positions[:, here]),
+            length=length,
+            visible=self._visible(documents, plain),
+            where=None if everything else self._move(where),
+            labels=self._move(flat[where]),
         )
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """Rank and size of the context-parallel group."""
+        return (0, 1) if self.cp is None else (self.cp.rank(), self.cp.size())
+
+    def _visible(self, documents: NDArray[np.int32], plain: bool) -> dict[int | None, Attend]:
+        if plain and self.cp is None:
+            visible = self._masks(documents, plain)
+        elif self.varlen:
+            visible = self._segments(documents)
+        else:
+            visible = self._masks(documents, plain)
+        if self.cp is None:
+            return visible
+        return {window: GatheredAttend(self.cp, inner) for window, inner in visible.items()}
+
+    def _masks(self, documents: NDArray[np.int32], plain: bool) -> dict[int | None, Attend]:
+        length = documents.shape[1]
+        if self.cp is None:
+            numbers = None if plain else self._move(documents)
+            found = visibilities(
+                self.windows, start=[0], length=length, documents=numbers, device=self.device
+            )
+            return dict(found)
+        queries = positions_of(*self._place, length)
+        keys = gathered_positions(self._place[1], length)
+        distance = queries[:, None] - keys
+        same = documents[:, queries, None] == documents[:, None, keys]
+        masks: dict[int | None, Attend] = {}
+        for window in self.windows:
+            seen = (distance >= 0) & (True if window is None else distance < window)
+            mask = torch.from_numpy((seen & same)[:, None]).to(self.device)
+            masks[window] = Visibility(mask, causal=False)
+        return masks
+
+    def _segments(self, documents: NDArray[np.int32]) -> dict[int | None, Attend]:
+        rank, size = self._place
+        length = documents.shape[1]
+        count = 1 if size == 1 else 2 * size
+        found = segments(documents, chunks_of(rank, size), count, gathered_positions(size, length))
+        starts = torch.from_numpy(found.query_starts).to(self.device, non_blocking=True)
+        keys = torch.from_numpy(found.key_starts).to(self.device, non_blocking=True)
+        index = None if found.keys is None else self._move(found.keys)
+        return {w: VarlenAttend(starts, keys, index, length, w) for w in self.windows}
+
+    def _move(self, values: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
 
 
 def _plain(positions: NDArray[np.int32], documents: NDArray[np.int32]) -> bool:
@@ -60,7 +161,3 @@ def _plain(positions: NDArray[np.int32], documents: NDArray[np.int32]) -> bool:
     padding_last = bool((np.diff(documents, axis=1) <= 0).all())
     counting = bool((positions == np.arange(positions.shape[1]))[inside].all())
     return one_document and padding_last and counting
-
-
-def _move(values: NDArray[np.int32] | NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)

@@ -1,35 +1,60 @@
-"""TorchTrainableModel: float32 master weights, one AdamW step at a time.
+"""TorchTrainableModel: float32 master weights, one AdamW step at a time, on one process or many.
 
 With bfloat16 as compute dtype the forward pass runs under autocast; parameters, gradients and
-moments stay float32. Shapes: B rows, T tokens, D hidden, N supervised positions.
+moments stay float32. What is divided over which processes is decided in `build`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import inf, isfinite
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from qwen2kit.backend.limits import context_limit
 from qwen2kit.backend.plan import ExecutionPlan, TrainPlan
-from qwen2kit.backend.protocol import LoadReport, Saved, StepMetrics, TokenBatch
-from qwen2kit.errors import BackendError, TrainingError
-from qwen2kit.spec.model import ModelSpec
-from qwen2kit.weights.source import WeightSource
-from qwen2kit_torch.compiled import TorchModel
-from qwen2kit_torch.train.batch import MicroBatch, micro_batches
-from qwen2kit_torch.train.init import init_parameters
-from qwen2kit_torch.train.loss import linear_cross_entropy
-from qwen2kit_torch.train.optim import build_adamw, clip_gradients, set_learning_rate
-from qwen2kit_torch.train.state import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    restore_state,
-    save_state,
+from qwen2kit.backend.protocol import (
+    LoadReport,
+    Score,
+    ScoreRequest,
+    StepMetrics,
+    TokenBatch,
+    TokenEvent,
+    TokenIds,
 )
+from qwen2kit.errors import BackendError, TrainingError
+from qwen2kit.generate.sampling import Sampling
+from qwen2kit.plan.degrees import check_degrees
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit.spec.schema import EMBED_TOKENS
+from qwen2kit.weights.source import MemorySource, WeightSource
+from qwen2kit.weights.tensor import HostTensor
+from qwen2kit_torch.compiled import TorchModel
+from qwen2kit_torch.lora import dropout
+from qwen2kit_torch.parallel.mesh import Mesh
+from qwen2kit_torch.parallel.pipeline import Pipeline
+from qwen2kit_torch.parallel.processes import connect
+from qwen2kit_torch.rope import Rotary
+from qwen2kit_torch.train.batch import Cutting, MicroBatch
+from qwen2kit_torch.train.build import build, ends_group
+from qwen2kit_torch.train.init import init_parameters
+from qwen2kit_torch.train.optim import build_adamw, clip_gradients, set_learning_rate
+from qwen2kit_torch.train.parameters import gather
+from qwen2kit_torch.train.profiling import profile_into
+from qwen2kit_torch.train.state import BackgroundSave, restore_state, save_state
+from qwen2kit_torch.train.weights import load_adapted, load_parameters
+from qwen2kit_torch.weights import as_host
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 
 class TorchTrainableModel(TorchModel):
@@ -37,37 +62,60 @@ class TorchTrainableModel(TorchModel):
 
     Attributes:
         settings: the plan's training settings.
+        mesh: the processes.
+        data_shard: ``(rank, world)`` among those that read different rows.
 
     Raises:
         BackendError: as `TorchModel`; or float16, whose gradients would need loss scaling.
+        ConfigError: the model cannot be divided as the plan says.
     """
 
     def __init__(self, spec: ModelSpec, plan: ExecutionPlan) -> None:
-        super().__init__(spec, plan)
         if plan.train is None:
             raise BackendError("a trainable model needs a plan with training settings")
-        self.data_shard = (0, 1)
+        world = connect(plan.device).world
+        super().__init__(spec, plan)
         if self.dtype == torch.float16:
             raise BackendError("training in float16 is not supported; use bfloat16 or float32")
-        self.settings: TrainPlan = plan.train
-        self.module.to_empty(device=self.device)
+        degrees = plan.train.parallel.fill(world)
+        check_degrees(spec, degrees)
+        self.settings: TrainPlan = replace(plan.train, parallel=degrees)
+        self.mesh = Mesh(degrees, self.device.type)
+        self.data_shard = (self.mesh.rank("data"), self.mesh.size("data"))
+        self._built = build(
+            self.module, self.settings, self.mesh, dtype=self.dtype, device=self.device
+        )
         self._parameters = dict(self.module.named_parameters())
-        self._optimizer = build_adamw(self._parameters, spec, plan.train.optimizer)
+        self._trained = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        self._optimizer = build_adamw(self._parameters, self.settings.optimizer)
+        self._cut = self._cutting(world)
+        self._ends = ends_group(self.mesh) if spec.tie_word_embeddings else None
+        self._background = dist.new_group(backend="gloo") if world > 1 else None
+        self._pipeline = self._make_pipeline()
         self._has_weights = False
+        self._steps = 0
 
     def load(self, weights: WeightSource) -> LoadReport:
-        """Fill the master weights, strictly, and forget the optimizer's state."""
-        report = super().load(weights)
+        """Fill the master weights, strictly, and forget the optimizer's state.
+
+        With an adapter in the plan these are the frozen weights, and the adapter starts anew.
+        """
+        if self.settings.adapter is None:
+            report = load_parameters(self._parameters, self.spec, weights)
+        else:
+            report = load_adapted(self.module, self.settings.adapter, weights, self.device)
         self._start()
         return report
 
     def init(self, seed: int) -> None:
         """Fresh parameters: a function of ``seed`` and the schema, on every device the same."""
-        init_parameters(self.module, self.spec, seed)
+        if self.settings.adapter is not None:
+            raise BackendError("an adapter needs the weights of a checkpoint: load them")
+        init_parameters(self._parameters, self.spec, seed)
         self._start()
 
     def train_step(self, batch: TokenBatch, lr: float, *, max_loss: float = inf) -> StepMetrics:
-        """One AdamW step on the mean loss over all supervised tokens of ``batch``.
+        """One AdamW step on the mean loss over all supervised tokens of the global batch.
 
         Raises:
             TrainingError: the batch has nothing to learn from, the device is out of memory, or
@@ -75,104 +123,224 @@ class TorchTrainableModel(TorchModel):
                 as before the step.
         """
         self._check_loaded()
-        supervised = _supervised(batch)
+        supervised, tokens = self._count(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device)
         try:
-            for micro in self._micro_batches(batch):
-                loss = self._summed_loss(micro) / supervised
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+            mean = self._accumulate(batch, supervised)
         except torch.OutOfMemoryError as error:
+            self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
-                f"out of memory on {self.device}; lower train.micro_batch_rows or seq_len"
+                f"out of memory on {self.device}; lower train.micro_batch_rows or seq_len, or "
+                "set train.recompute"
             ) from error
-        norm = clip_gradients(self._parameters, self.settings.optimizer.max_grad_norm)
-        mean, grad_norm = float(total), float(norm)
+        grad_norm = self._clip()
         finite = isfinite(mean) and isfinite(grad_norm)
         applied = finite and mean <= max_loss
         if applied:
             set_learning_rate(self._optimizer, lr)
             self._optimizer.step()
+            self._steps += 1
         elif not finite and self.settings.non_finite == "raise":
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"loss is {mean} and gradient norm {grad_norm}; lower train.lr, or set "
                 "train.non_finite=skip to leave such steps out"
             )
-        return _metrics(batch, mean, grad_norm, supervised, skipped=not applied)
+        return self._metrics(mean, grad_norm, supervised, tokens, skipped=not applied)
 
     def loss(self, batch: TokenBatch) -> StepMetrics:
         """Mean loss of ``batch`` by the same arithmetic as `train_step`, changing nothing."""
         self._check_loaded()
-        supervised = _supervised(batch)
-        total = torch.zeros((), device=self.device)
-        for micro in self._micro_batches(batch):
-            total += self._summed_loss(micro, frozen=True) / supervised
-        return _metrics(batch, float(total), 0.0, supervised, skipped=False)
+        supervised, tokens = self._count(batch)
+        micros = list(self._cut(batch))
+        if self._pipeline is not None:
+            total = self._pipeline.loss(micros)
+        else:
+            total = torch.zeros((), device=self.device)
+            with torch.no_grad():
+                for micro in micros:
+                    total += self._built.stage(None, micro)
+        mean = float(self._sum(total, "loss")) / supervised
+        return self._metrics(mean, 0.0, supervised, tokens, skipped=False)
 
-    def save_state(self, directory: Path) -> Saved:
-        """Write weights and optimizer state (safetensors) into an existing directory."""
+    def save_state(self, directory: Path) -> BackgroundSave:
+        """Begin to write what trains and the optimizer's state into an existing directory."""
         self._check_loaded()
-        save_state(directory, self._parameters, self._optimizer)
-        return Saved((MODEL_FILE, OPTIMIZER_FILE))
+        own = {n: p for n, p in self._trained.items() if n not in self._built.copies}
+        return save_state(directory, own, self._optimizer, self._background)
 
     def restore_state(self, directory: Path) -> None:
-        """Read what `save_state` wrote. Raises WeightError if it does not fit this model."""
-        restore_state(directory, self._parameters, self._optimizer)
+        """Read what `save_state` wrote. With an adapter in the plan, load the weights first.
+
+        Raises:
+            WeightError: it does not fit this model, or is damaged.
+            BackendError: the frozen weights of an adapter are missing.
+        """
+        if self.settings.adapter is not None:
+            self._check_loaded()
+        self._steps = restore_state(
+            directory,
+            self._trained,
+            self._optimizer,
+            self._background,
+            everything=self._pipeline is None,
+        )
         self._has_weights = True
+
+    def extend(self, rope_theta: float, max_position_embeddings: int) -> None:
+        """Go on with another RoPE base and longer rows; weights and optimizer state stay."""
+        self.spec = replace(
+            self.spec,
+            rope=replace(self.spec.rope, rope_theta=rope_theta),
+            max_position_embeddings=max_position_embeddings,
+        )
+        self.module.rotary = Rotary(self.spec)
+        self.limit = context_limit(self.spec, self.plan)
+
+    def profiler(self, directory: Path) -> AbstractContextManager[None]:
+        """Trace what runs inside the context into ``directory``, for chrome://tracing."""
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        return profile_into(directory, rank)
+
+    def export(self) -> Iterator[tuple[str, HostTensor]]:
+        """All schema parameters in schema order, canonical names, whole; collective."""
+        self._check_loaded()
+        if self.settings.adapter is not None or self.mesh.degrees.world == 1:
+            yield from super().export()
+            return
+        places = self._built.places
+        for name, value in gather(self._parameters, self.spec, places, self.mesh, self.device):
+            yield name, as_host(value)
+
+    def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """Logits ``[T, vocab]`` in float32, without any cache."""
+        return super().logits(tokens) if self._is_plain else self._copy().logits(tokens)
+
+    def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
+        """``[layers + 2, T, hidden]`` float32: embedding, every layer, final norm."""
+        if self._is_plain:
+            return super().hidden_states(tokens)
+        return self._copy().hidden_states(tokens)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
+        """Log-probabilities of continuations, the same on every process."""
+        return super().score(requests) if self._is_plain else self._copy().score(requests)
+
+    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
+        """Continue every prompt, the same on every process."""
+        if self._is_plain:
+            return super().generate(prompts, sampling)
+        return self._copy().generate(prompts, sampling)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether the training network itself can run inference."""
+        return self.mesh.degrees.world == 1 and not self._built.compiled
+
+    def _copy(self) -> TorchModel:
+        """The present weights as an undivided model for inference."""
+        plan = replace(self.plan, train=None, device=str(self.device))
+        copy = TorchModel(self.spec, plan)
+        copy.load(MemorySource(dict(self.export())))
+        return copy
+
+    def _cutting(self, world: int) -> Cutting:
+        cuda = self.device.type == "cuda"
+        return Cutting(
+            rows=self.settings.micro_batch_rows,
+            device=self.device,
+            windows=tuple({self.spec.window_of(i) for i in range(self.spec.num_hidden_layers)}),
+            fixed=world > 1 or self._built.compiled,
+            varlen=cuda and self.dtype == torch.bfloat16,
+            cp=self.mesh.group("cp"),
+        )
+
+    def _make_pipeline(self) -> Pipeline | None:
+        group = self.mesh.group("pp")
+        if group is None:
+            return None
+        schedule = self.settings.parallel.schedule
+        return Pipeline(self._built.stage, self._built.place, group, schedule, self.device)
+
+    def _accumulate(self, batch: TokenBatch, supervised: int) -> float:
+        """Gradients of the mean loss; returns it."""
+        with self._dropout():
+            if self._pipeline is not None:
+                total = self._pipeline.forward_backward(list(self._cut(batch)), 1 / supervised)
+            else:
+                total = torch.zeros((), device=self.device)
+                for micro in self._cut(batch):
+                    total += self._backward(micro, supervised)
+        self._join_tied_gradients()
+        return float(self._sum(total, "loss"))
+
+    def _dropout(self) -> AbstractContextManager[None]:
+        adapter = self.settings.adapter
+        if adapter is None:
+            return nullcontext()
+        return dropout(self.module, adapter, step=self._steps, rank=self.data_shard[0])
+
+    def _backward(self, micro: MicroBatch, supervised: int) -> Tensor:
+        loss: Tensor = self._built.stage(None, micro) / supervised
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def _join_tied_gradients(self) -> None:
+        """Add up the gradients of a tied embedding's two copies in a pipeline."""
+        if self._ends is None:
+            return
+        gradient = self._parameters[EMBED_TOKENS].grad
+        assert gradient is not None
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        dist.all_reduce(local, group=self._ends)
+
+    def _clip(self) -> float:
+        copies = [self._parameters[name] for name in self._built.copies]
+        norm = clip_gradients(
+            self._trained.values(),
+            self.settings.optimizer.max_grad_norm,
+            copies=copies,
+            pipeline=self.mesh.group("pp"),
+        )
+        return float(norm)
+
+    def _count(self, batch: TokenBatch) -> tuple[int, int]:
+        """Supervised and all tokens of the global batch."""
+        counts = torch.tensor(
+            [np.count_nonzero(batch.labels >= 0), np.count_nonzero(batch.documents >= 0)],
+            device=self.device,
+        )
+        supervised, tokens = self._sum(counts, "data").tolist()
+        if supervised == 0:
+            raise TrainingError("the batch holds no token to learn from")
+        return supervised, tokens
+
+    def _sum(self, value: Tensor, axis: str) -> Tensor:
+        group = self.mesh.group(axis)
+        if group is not None:
+            dist.all_reduce(value, group=group)
+        return value
+
+    def _metrics(
+        self, loss: float, grad_norm: float, supervised: int, tokens: int, *, skipped: bool
+    ) -> StepMetrics:
+        peak = None
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        return StepMetrics(
+            loss=loss,
+            grad_norm=grad_norm,
+            tokens=tokens,
+            supervised_tokens=supervised,
+            skipped=skipped,
+            peak_memory_bytes=peak,
+        )
 
     def _start(self) -> None:
         self._optimizer.state.clear()
+        self._steps = 0
         self._has_weights = True
 
     def _check_loaded(self) -> None:
         if not self._has_weights:
             raise BackendError("the model has no weights yet; load or initialise them first")
-
-    def _micro_batches(self, batch: TokenBatch) -> Iterator[MicroBatch]:
-        return micro_batches(batch, self.settings.micro_batch_rows, self.device)
-
-    def _summed_loss(self, micro: MicroBatch, *, frozen: bool = False) -> Tensor:
-        # Gradients stay enabled even when frozen: without them linear layers take an
-        # inference-only kernel that autocast does not reach.
-        bfloat16 = self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16):
-            hidden_BTD = self.module.forward_hidden(
-                micro.tokens, positions=micro.positions, documents=micro.documents
-            )
-        hidden_ND = hidden_BTD.flatten(0, 1)[micro.where]
-        head = self._head_weight()
-        if frozen:
-            hidden_ND, head = hidden_ND.detach(), head.detach()
-        return linear_cross_entropy(
-            hidden_ND,
-            head,
-            micro.labels,
-            chunk=self.settings.loss_chunk_tokens,
-            dtype=self.dtype,
-        )
-
-    def _head_weight(self) -> Tensor:
-        if self.spec.tie_word_embeddings:
-            return self.module.model.embed_tokens.weight
-        return self.module.lm_head.weight
-
-
-def _supervised(batch: TokenBatch) -> int:
-    count = int(np.count_nonzero(batch.labels >= 0))
-    if count == 0:
-        raise TrainingError("the batch holds no token to learn from")
-    return count
-
-
-def _metrics(
-    batch: TokenBatch, loss: float, grad_norm: float, supervised: int, *, skipped: bool
-) -> StepMetrics:
-    return StepMetrics(
-        loss=loss,
-        grad_norm=grad_norm,
-        tokens=int(np.count_nonzero(batch.documents >= 0)),
-        supervised_tokens=supervised,
-        skipped=skipped,
-    )

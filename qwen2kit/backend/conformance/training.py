@@ -200,7 +200,7 @@ def _init(backend: Backend, spec: ModelSpec) -> None:
 @contextmanager
 def _saved(model: TrainableModel) -> Iterator[Path]:
     with TemporaryDirectory() as directory:
-        model.save_state(Path(directory))
+        model.save_state(Path(directory)).wait()
         yield Path(directory)
 
 
