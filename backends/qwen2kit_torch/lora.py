@@ -192,16 +192,20 @@ def stored_tensors(module: nn.Module, name: str, dense: Tensor) -> Iterator[tupl
         yield name, dense
 
 
-def load_base(module: Qwen2, weights: WeightSource, device: torch.device) -> None:
+def load_base(module: Qwen2, weights: WeightSource, device: torch.device) -> int:
     """Fill every frozen parameter of a module that `add_lora` prepared, one tensor at a time.
 
-    Names and shapes must have been checked. Parameters on the meta device are replaced.
+    Names and shapes must have been checked. Parameters on the meta device are replaced. Returns
+    the bytes read.
     """
     parameters = dict(module.named_parameters())
+    total = 0
     for param in schema(module.spec):
-        dense = as_tensor(weights.read(param.name)).to(device)
-        for name, value in stored_tensors(module, param.name, dense):
+        host = weights.read(param.name)
+        total += host.nbytes
+        for name, value in stored_tensors(module, param.name, as_tensor(host).to(device)):
             _fill(module, name, parameters[name], value)
+    return total
 
 
 def load_factors(module: Qwen2, factors: Iterator[tuple[str, Tensor]]) -> None:

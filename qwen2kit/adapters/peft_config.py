@@ -105,9 +105,11 @@ def read_peft_config(path: Path) -> PeftConfig:
     return PeftConfig(
         rank=reader.rank("r", config.get("r")),
         alpha=finite_number(path, "lora_alpha", config.get("lora_alpha")),
-        rank_pattern={k: reader.rank(k, v) for k, v in reader.pattern("rank_pattern")},
+        rank_pattern={
+            k: reader.rank(f"rank_pattern.{k}", v) for k, v in reader.pattern("rank_pattern")
+        },
         alpha_pattern={
-            k: finite_number(path, f"the alpha of {k}", v)
+            k: finite_number(path, f"alpha_pattern.{k}", v)
             for k, v in reader.pattern("alpha_pattern")
         },
         rslora=bool(config.get("use_rslora")),
@@ -178,7 +180,7 @@ class _Reader:
 
     def rank(self, key: str, value: object) -> int:
         if type(value) is not int or value < 1:
-            raise ConfigError(f"{self.path}: the rank {key} must be a positive integer: {value!r}")
+            raise ConfigError(f"{self.path}: {key} must be a positive integer, got {value!r}")
         return value
 
     def pattern(self, key: str) -> list[tuple[str, object]]:

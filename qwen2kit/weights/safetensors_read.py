@@ -164,7 +164,9 @@ def _parse_header(path: Path, header: bytes) -> tuple[dict[str, str], dict[str, 
         raise WeightError(f"{path}: not a safetensors file ({reason}); {_AGAIN}") from error
     if not isinstance(document, dict):
         raise WeightError(f"{path}: not a safetensors file (header is no object); {_AGAIN}")
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None)
+    if metadata is None:  # MLX writes null where it has nothing to say
+        metadata = {}
     if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
         raise WeightError(f"{path}: __metadata__ must map strings to strings; {_AGAIN}")
     entries = {name: _parse_entry(path, name, entry) for name, entry in document.items()}
