@@ -10,6 +10,7 @@ import typer
 
 from qwen2kit.cli.chat import chat
 from qwen2kit.cli.convert import convert
+from qwen2kit.cli.data import data
 from qwen2kit.cli.demo import demo
 from qwen2kit.cli.doctor import doctor
 from qwen2kit.cli.eval import evaluate
@@ -38,6 +39,7 @@ for _name, _command in (
     ("demo", demo),
 ):
     app.command(_name)(_command)
+app.add_typer(data, name="data")
 
 
 def main() -> None:

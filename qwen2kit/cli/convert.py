@@ -106,13 +106,13 @@ def convert(
         proof.require()
 
 
-def parse_size(text: str) -> int:
-    """Bytes of ``5GB``, ``500 MiB`` or a plain number. Raises ConfigError."""
+def parse_size(text: str, option: str = "--max-shard-size") -> int:
+    """Bytes of ``5GB``, ``500 MiB`` or a plain number. Raises ConfigError naming ``option``."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?i?B?)\s*", text, re.IGNORECASE)
     unit = match[2].upper() if match else "?"
     size = float(match[1]) * _UNITS[unit] if match and unit in _UNITS else 0
     if size < 1:
-        raise ConfigError(f"--max-shard-size must look like 5GB or 500MB, got {text!r}")
+        raise ConfigError(f"{option} must look like 5GB or 500MB, got {text!r}")
     return int(size)
 
 

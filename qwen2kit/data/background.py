@@ -18,6 +18,10 @@ _POLL_SECONDS = 0.1
 _JOIN_SECONDS = 10.0
 
 
+class Closed(Exception):
+    """Asked for an item after `Background.close`."""
+
+
 class _Raised:
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -42,7 +46,8 @@ class Background(Iterator[T], Generic[T]):
         """The next item. Raises what the iterator raised, StopIteration included."""
         item = self._get()
         if isinstance(item, _Raised):
-            self._queue.put(item)  # for whoever asks again
+            if self._queue.empty():
+                self._queue.put(item)  # for whoever asks again
             raise item.error
         return item
 
@@ -56,7 +61,7 @@ class Background(Iterator[T], Generic[T]):
                 return self._queue.get(timeout=_POLL_SECONDS)
             except Empty:
                 continue
-        return _Raised(StopIteration())
+        return _Raised(Closed())
 
 
 def _work(items: Iterator[T], queue: Queue[T | _Raised], stop: Event) -> None:
@@ -115,8 +120,8 @@ class Prefetched:
         return self._loader.fingerprint()
 
     def close(self) -> None:
+        self._loader.close()  # first: the thread may be waiting for what that stops
         self._rest()
-        self._loader.close()
 
     def __enter__(self) -> Prefetched:
         return self

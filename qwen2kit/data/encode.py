@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qwen2kit.config.data_tree import EmbeddedData, FileData, TextData, TextFormat, is_chat
+from qwen2kit.config.data_tree import (
+    AnyData,
+    EmbeddedData,
+    FileData,
+    MixtureData,
+    ShardData,
+    TextData,
+    TextFormat,
+    is_chat,
+)
 from qwen2kit.data.corpus import Corpus, collect
 from qwen2kit.data.embedded import conversation, generate
 from qwen2kit.data.formats import Message, to_messages, to_text
 from qwen2kit.data.rows import Row, read_rows
-from qwen2kit.errors import DataError, Qwen2KitError, TokenizerError
+from qwen2kit.errors import ConfigError, DataError, Qwen2KitError, TokenizerError
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.tokenizer.supervision import encode_supervised
 
@@ -105,8 +114,21 @@ def messages_of(data: FileData, rows: Iterable[Row]) -> Iterator[tuple[Row, list
         yield row, to_messages(row, data.format, data.system)
 
 
-def read_texts(data: EmbeddedData | FileData) -> Iterator[str]:
-    """All text of ``data``, for training a tokenizer on."""
+def read_texts(data: AnyData) -> Iterator[str]:
+    """All text of ``data``, for training a tokenizer on.
+
+    Raises:
+        ConfigError: shards, which hold no text.
+    """
+    if isinstance(data, MixtureData):
+        for source in data.sources:
+            yield from read_texts(source.data)
+        return
+    if isinstance(data, ShardData):
+        raise ConfigError(
+            "a tokenizer cannot be trained on shards: set model.tokenizer to the tokenizer "
+            "directory inside them"
+        )
     if not isinstance(data, EmbeddedData) and not is_chat(data):
         yield from (text for _, text in _texts(data, read_rows(data)))
         return

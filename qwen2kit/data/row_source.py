@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.backend.protocol import TokenBatch
-from qwen2kit.data.corpus import permutation
+from qwen2kit.data.corpus import hold_out, permutation
 from qwen2kit.data.packing import Examples, Plan, fill_rows, plan_rows
 from qwen2kit.errors import DataError
 
@@ -56,6 +56,11 @@ class RowTable(Protocol):
 
     def fingerprint(self) -> str:
         """Digest of the data."""
+        ...
+
+    def hold_out(self, fraction: float) -> tuple[RowTable, RowTable]:
+        """A random ``fraction`` apart: ``(train, held_out)``. Raises DataError if nothing is left
+        to train on."""
         ...
 
 
@@ -164,6 +169,10 @@ class PlannedRows:
 
     def fingerprint(self) -> str:
         return self._examples.fingerprint()
+
+    def hold_out(self, fraction: float) -> tuple[PlannedRows, PlannedRows]:
+        train, held_out = hold_out(self._examples, fraction, self.layout.seed)
+        return PlannedRows(train, self.layout), PlannedRows(held_out, self.layout)
 
     def _plan(self, epoch: int) -> Plan:
         planned = self._planned

@@ -30,9 +30,14 @@ class Row:
     number: int
     value: Mapping[str, Any]
 
+    @property
+    def place(self) -> str:
+        """File and row number."""
+        return f"{self.file}, row {self.number}"
+
     def error(self, problem: str) -> DataError:
         """A DataError that names this row."""
-        return DataError(f"{self.file}, row {self.number}: {problem}")
+        return DataError(f"{self.place}: {problem}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,11 @@ class ShardExamples:
     def select(self, indices: NDArray[np.int64]) -> ShardExamples:
         return ShardExamples(self._shards, self._chosen[indices], self.lengths[indices])
 
+    def carries_loss(self, example: int) -> bool:
+        """Whether any of the example's tokens is supervised."""
+        _, supervised = self.read(example, 0, int(self.lengths[example]))
+        return supervised is None or bool(supervised.any())
+
     def truncate(self, limit: int) -> ShardExamples:
         """Every example cut to ``limit`` tokens."""
         return ShardExamples(self._shards, self._chosen, np.minimum(self.lengths, limit))

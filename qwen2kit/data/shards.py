@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from threading import Lock
 
@@ -158,6 +159,23 @@ class ShardSet:
     def fingerprint(self) -> str:
         """Digest of all indices."""
         return " ".join(directory.index.fingerprint() for directory in self._directories)
+
+
+def find_directories(patterns: tuple[str, ...]) -> list[Path]:
+    """Directories matching ``patterns``, those of one pattern sorted, without repetition.
+
+    Raises:
+        DataError: a pattern matches no directory.
+    """
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        exact = Path(pattern).expanduser()
+        matches = [exact] if exact.is_dir() else sorted(map(Path, glob(str(exact))))
+        matches = [path for path in matches if path.is_dir()]
+        if not matches:
+            raise DataError(f"no directory matches {pattern!r}; check data.paths")
+        found |= dict.fromkeys(matches)
+    return list(found)
 
 
 def _sums(counts: list[int]) -> NDArray[np.int64]:

@@ -1,0 +1,119 @@
+"""Writing one shard: streamed to hidden files, digested on the way, visible when complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2kit.data.shard_format import ShardInfo
+
+PARTIAL = ".partial"
+
+
+class _ArrayFile:
+    """A file that is being written, with its digest."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.digest = sha256()
+        self._partial = path.with_name(f".{path.name}{PARTIAL}")
+        self._file = self._partial.open("wb")
+
+    def write(self, values: NDArray[np.generic]) -> None:
+        data = values.tobytes()
+        self._file.write(data)
+        self.digest.update(data)
+
+    def finish(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self.path)
+
+    def abort(self) -> None:
+        self._file.close()
+        self._partial.unlink(missing_ok=True)
+
+
+class ShardWriter:
+    """Context manager for the files of one shard; leaving it without `finish` removes them.
+
+    Args:
+        directory: exists.
+        name: of the shard.
+        dtype: ``uint16`` or ``uint32``.
+        masked: whether documents come with a mask (conversations).
+    """
+
+    def __init__(self, directory: Path, name: str, dtype: str, *, masked: bool) -> None:
+        self._name = name
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._directory = directory
+        self._files: dict[str, _ArrayFile] = {}
+        suffixes = ("tokens", "offsets", "supervised") if masked else ("tokens", "offsets")
+        for suffix in suffixes:
+            self._files[suffix] = _ArrayFile(directory / f"{name}.{suffix}")
+        self._files["offsets"].write(np.zeros(1, dtype="<i8"))
+        self._bits = np.zeros(0, dtype=np.bool_)  # fewer than a byte
+        self._documents = self._tokens = self._supervised = 0
+        self.empty = 0
+
+    def add(
+        self, documents: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]] | None = None
+    ) -> None:
+        """Append documents (of at least two tokens each), with their masks if the shard has any.
+
+        Raises OSError if the disk is full.
+        """
+        lengths = np.fromiter(map(len, documents), dtype=np.int64, count=len(documents))
+        total = int(lengths.sum())
+        tokens = np.fromiter(chain.from_iterable(documents), dtype=self._dtype, count=total)
+        self._files["tokens"].write(tokens)
+        self._files["offsets"].write((self._tokens + np.cumsum(lengths)).astype("<i8"))
+        if masks is None:
+            self._supervised += total
+        else:
+            self._add_bits(np.fromiter(chain.from_iterable(masks), dtype=np.bool_, count=total))
+        self._tokens += total
+        self._documents += len(documents)
+
+    def finish(self) -> ShardInfo:
+        """Make the files durable and visible. Raises OSError if the disk is full."""
+        if "supervised" in self._files:
+            self._files["supervised"].write(np.packbits(self._bits, bitorder="little"))
+        for file in self._files.values():
+            file.finish()
+        return ShardInfo(
+            name=self._name,
+            documents=self._documents,
+            tokens=self._tokens,
+            supervised=self._supervised,
+            empty=self.empty,
+            sha256={suffix: file.digest.hexdigest() for suffix, file in self._files.items()},
+        )
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files.values():
+            file.abort()
+
+    def _add_bits(self, mask: NDArray[np.bool_]) -> None:
+        self._supervised += int(mask.sum())
+        bits = np.concatenate([self._bits, mask])
+        whole = len(bits) // 8 * 8
+        self._files["supervised"].write(np.packbits(bits[:whole], bitorder="little"))
+        self._bits = bits[whole:]
