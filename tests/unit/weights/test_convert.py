@@ -195,7 +195,7 @@ def test_the_record_holds_the_sums_of_what_is_on_disk(source: Checkpoint, tmp_pa
     assert set(record["sha256"]) == set(file.names())
     for name, expected in record["sha256"].items():
         assert hashlib.sha256(file.read(name).data).hexdigest() == expected
-    assert record["source"] == {"path": str(source.path), "format": "hf"}
+    assert record["source"] == {"path": str(source.path), "format": "hf", "adapter": None}
     assert {"python", "qwen2kit"} <= set(record["versions"])
 
 
