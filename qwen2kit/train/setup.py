@@ -9,13 +9,13 @@ from pathlib import Path
 from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.backend.protocol import Backend, TrainableModel
 from qwen2kit.backend.registry import get
-from qwen2kit.config.data_tree import EmbeddedData, FileData
+from qwen2kit.config.data_tree import EmbeddedData
 from qwen2kit.config.tree import ModelConfig, RunConfig
-from qwen2kit.data.corpus import Corpus, hold_out
-from qwen2kit.data.encode import encode_corpus, read_texts
-from qwen2kit.data.loader import Loader
-from qwen2kit.data.packing import Examples
-from qwen2kit.data.row_source import PlannedRows, RowLayout, TableSource
+from qwen2kit.data.background import Prefetched
+from qwen2kit.data.encode import read_texts
+from qwen2kit.data.loader import Batches, Loader
+from qwen2kit.data.open_data import DataOpener
+from qwen2kit.data.row_source import RowLayout, RowSource, RowTable, TableSource
 from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.plan.degrees import Degrees
 from qwen2kit.spec.model import ModelSpec
@@ -161,7 +161,7 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
 class RunData:
     """Loaders over the training and (if the recipe has any) the held-out examples."""
 
-    train: Loader
+    train: Batches
     held_out: Loader | None
 
     def close(self) -> None:
@@ -179,56 +179,9 @@ def build_data(
             (`TrainableModel.data_shard`).
 
     Raises:
-        DataError: as in `encode_corpus`, or holding out leaves nothing to train on.
+        DataError: the data cannot be read or does not fit the recipe, or holding out leaves
+            nothing to train on.
     """
-    corpus: Examples = _encode(config, config.data, tokenizer, note)
-    held_out: Examples | None = None
-    if config.eval.data is not None:
-        held_out = _encode(config, config.eval.data, tokenizer, note)
-    elif isinstance(config.data, EmbeddedData):
-        held_out = _encode(config, config.data, tokenizer, note, held_out=True)
-    elif config.eval.fraction > 0:
-        corpus, held_out = hold_out(corpus, config.eval.fraction, config.train.seed)
-    return RunData(
-        _loader(config, corpus, tokenizer, shard),
-        None if held_out is None else _loader(config, held_out, tokenizer, shard),
-    )
-
-
-def total_steps(config: RunConfig, loader: Loader) -> int:
-    """Steps of the run; with ``epochs``, enough that every row is seen that often."""
-    train = config.train
-    if train.steps is not None:
-        return train.steps
-    assert train.epochs is not None
-    rows = sum(loader.rows_in(epoch) for epoch in range(train.epochs))
-    return -(-rows // train.batch_rows)
-
-
-def _encode(
-    config: RunConfig,
-    data: EmbeddedData | FileData,
-    tokenizer: Tokenizer,
-    note: Note,
-    *,
-    held_out: bool = False,
-) -> Corpus:
-    corpus, report = encode_corpus(
-        data,
-        tokenizer,
-        task=config.task,
-        seq_len=config.seq_len,
-        too_long=config.too_long,
-        held_out=held_out,
-    )
-    for text in report.notes():
-        note(text)
-    return corpus
-
-
-def _loader(
-    config: RunConfig, examples: Examples, tokenizer: Tokenizer, shard: tuple[int, int]
-) -> Loader:
     layout = RowLayout(
         seq_len=config.seq_len,
         seed=config.train.seed,
@@ -236,5 +189,31 @@ def _loader(
         packing=config.packing,
         split=config.task == "pretrain",
     )
-    source = TableSource(PlannedRows(examples, layout))
-    return Loader(source, batch_rows=config.train.batch_rows, shard=shard)
+    opener = DataOpener(
+        tokenizer=tokenizer, task=config.task, layout=layout, too_long=config.too_long, note=note
+    )
+    held_out: RowTable | None = None
+    if config.eval.fraction > 0 and not isinstance(config.data, EmbeddedData):
+        train, held_out = opener.table(config.data).hold_out(config.eval.fraction)
+        source: RowSource = TableSource(train)
+    else:
+        source = opener.source(config.data)
+        if config.eval.data is not None:
+            held_out = opener.table(config.eval.data)
+        elif isinstance(config.data, EmbeddedData):
+            held_out = opener.table(config.data, held_out=True)
+    rows = config.train.batch_rows
+    return RunData(
+        Prefetched(Loader(source, batch_rows=rows, shard=shard)),
+        None if held_out is None else Loader(TableSource(held_out), batch_rows=rows, shard=shard),
+    )
+
+
+def total_steps(config: RunConfig, loader: Batches) -> int:
+    """Steps of the run; with ``epochs``, enough that every row is seen that often."""
+    train = config.train
+    if train.steps is not None:
+        return train.steps
+    assert train.epochs is not None
+    rows = sum(loader.rows_in(epoch) for epoch in range(train.epochs))
+    return -(-rows // train.batch_rows)
