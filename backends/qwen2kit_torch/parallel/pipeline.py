@@ -75,9 +75,9 @@ class Pipeline:
         key = (count, hidden)
         if key not in self._built:
             dtype = self._module.stage.dtype
-            between = torch.empty(hidden, dtype=dtype, device="meta")
+            between = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
             number = torch.empty(1, dtype=torch.int64, device="meta")
-            loss = torch.empty(1, dtype=torch.float32, device="meta")
+            loss = torch.empty(1, device="meta", requires_grad=True)
             stage = PipelineStage(
                 self._module,
                 self._place.index,

@@ -47,7 +47,7 @@ from qwen2kit_torch.train.batch import Cutting, MicroBatch
 from qwen2kit_torch.train.build import build, ends_group
 from qwen2kit_torch.train.init import init_parameters
 from qwen2kit_torch.train.optim import build_adamw, clip_gradients, set_learning_rate
-from qwen2kit_torch.train.parameters import gather
+from qwen2kit_torch.train.parameters import gather, settle_gradients
 from qwen2kit_torch.train.profiling import profile_into
 from qwen2kit_torch.train.state import BackgroundSave, restore_state, save_state
 from qwen2kit_torch.train.weights import load_adapted, load_parameters
@@ -271,6 +271,7 @@ class TorchTrainableModel(TorchModel):
                 total = torch.zeros((), device=self.device)
                 for micro in self._cut(batch):
                     total += self._backward(micro, supervised)
+        settle_gradients(self._trained.values())
         self._join_tied_gradients()
         return float(self._sum(total, "loss"))
 

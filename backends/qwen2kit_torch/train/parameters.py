@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qwen2kit.plan.stages import Stage
@@ -34,8 +34,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def settle_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Lay every gradient out as its parameter is; tensor parallelism leaves partial sums."""
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(parameter, DTensor) and isinstance(gradient, DTensor):
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
 def gather(
-    parameters: dict[str, torch.nn.Parameter],
+    parameters: dict[str, nn.Parameter],
     spec: ModelSpec,
     places: tuple[Stage, ...],
     mesh: Mesh,

@@ -1,0 +1,74 @@
+"""Runs a function on several gloo processes: forked from a server that has torch loaded once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_LOADED = ["torch.distributed.pipelining", "qwen2kit_torch.train.model", "tests.parallel.curves"]
+
+
+def run_on(world: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` on ``world`` processes as torchrun would start them.
+
+    Returns what each returned, by rank; raises the first failure with its traceback.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_LOADED)
+    store = folder / f"store-{os.getpid()}-{len(list(folder.iterdir()))}"
+    pipes, children = [], []
+    for rank in range(world):
+        receiver, sender = context.Pipe(duplex=False)
+        child = context.Process(
+            target=_work, args=(rank, world, str(store), sender, function, arguments)
+        )
+        child.start()
+        sender.close()
+        pipes.append(receiver)
+        children.append(child)
+    try:
+        outcomes = [pipe.recv() if pipe.poll(180) else (False, "no answer") for pipe in pipes]
+    except EOFError:
+        outcomes = [(False, "a process died")]
+    finally:
+        for child in children:
+            child.join(5)
+            child.kill()
+    failures = [value for sound, value in outcomes if not sound]
+    assert not failures, failures[0]
+    return [value for _, value in outcomes]
+
+
+def _work(
+    rank: int,
+    world: int,
+    store: str,
+    answer: Connection,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": "1",
+    }
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        answer.send((True, function(*arguments)))
+        dist.barrier()
+    except BaseException:
+        answer.send((False, f"rank {rank}: {traceback.format_exc()}"))
+    finally:
+        answer.close()
+        os._exit(0)
