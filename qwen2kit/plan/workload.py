@@ -15,7 +15,7 @@ from typing import Final
 
 from qwen2kit.backend.plan import LoRAPlan, TrainPlan
 from qwen2kit.plan.degrees import Degrees
-from qwen2kit.plan.sharding import local_shape, tensor_dim
+from qwen2kit.plan.sharding import local_shape
 from qwen2kit.plan.stages import Stage, stages
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import Param, schema
@@ -76,6 +76,22 @@ class Workload:
     def compiled(self) -> bool:
         """Whether layers are compiled, which is the default on CUDA."""
         return self.plan.compile is not False
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights travel between processes, in the compute dtype."""
+        return self.degrees.sharded > 1 or self.degrees.dp_replicate > 1
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products cast float32 weights themselves."""
+        return self.width < MASTER_BYTES and not self.fsdp and self.plan.adapter is None
+
+    @property
+    def joint(self) -> bool:
+        """Whether projections of one input are computed as one product."""
+        plain = self.plan.adapter is None and not self.plan.float8
+        return self.compiled and plain and self.degrees.tp == 1
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -155,7 +171,7 @@ def tensors(param: Param, adapter: LoRAPlan | None, width: int, tp: int) -> Iter
     linear = param.kind == "linear"
     frozen = MASTER_BYTES if param.kind in ("embedding", "norm", "router") else width
     yield Tensor(shape, NF4_BYTES if linear and adapter.quantize == "nf4" else frozen, False)
-    if linear and param.expert is None and _leaf(param) in adapter.targets:
+    if _has_adapter(param, adapter):
         yield Tensor((adapter.rank, shape[1]), MASTER_BYTES, True)
         yield Tensor((shape[0], adapter.rank), MASTER_BYTES, True)
 
@@ -170,6 +186,7 @@ def trainable_parameters(spec: ModelSpec, adapter: LoRAPlan | None) -> int:
     )
 
 
+@lru_cache(maxsize=1024)
 def matrices(spec: ModelSpec, layer: int, tp: int) -> tuple[tuple[int, int], ...]:
     """``(outputs, inputs)`` of every matrix a token is multiplied by in a decoder layer, on one
     process of the ``tp`` axis. Of a sparse layer these are the router, the shared expert and the
@@ -181,6 +198,38 @@ def matrices(spec: ModelSpec, layer: int, tp: int) -> tuple[tuple[int, int], ...
         if param.decays and (param.expert is None or param.expert < chosen)
         for shape in (local_shape(param, tp),)
     )
+
+
+@lru_cache(maxsize=64)
+def adapted(spec: ModelSpec, adapter: LoRAPlan, layer: int) -> tuple[tuple[int, int], ...]:
+    """``(outputs, inputs)`` of every matrix of a decoder layer that has an adapter."""
+    return tuple(
+        (param.shape[0], param.shape[1])
+        for param in _layer_params(spec, spec.is_sparse(layer))
+        if _has_adapter(param, adapter)
+    )
+
+
+def ffn_width(spec: ModelSpec, layer: int, tp: int) -> float:
+    """Intermediate size of a layer on one process; in a sparse layer, of the shared expert and
+    all experts that a token passes through."""
+    moe = spec.moe
+    if moe is None or not spec.is_sparse(layer):
+        return spec.intermediate_size / tp
+    shared = moe.shared_expert_intermediate_size / tp
+    return moe.num_experts_per_tok * moe.moe_intermediate_size + shared
+
+
+@lru_cache(maxsize=4096)
+def layer_kinds(spec: ModelSpec, stage: Stage) -> tuple[tuple[int, int], ...]:
+    """``(layer, count)``: one decoder layer of every kind in ``stage``, and how many are like it.
+
+    Layers differ by being sparse or dense and by their attention window.
+    """
+    kinds: dict[tuple[bool, int | None], list[int]] = {}
+    for layer in stage.layers:
+        kinds.setdefault((spec.is_sparse(layer), spec.window_of(layer)), []).append(layer)
+    return tuple((layers[0], len(layers)) for layers in kinds.values())
 
 
 @lru_cache(maxsize=4096)
@@ -218,5 +267,6 @@ def _layer_params(spec: ModelSpec, sparse: bool) -> tuple[Param, ...]:
     return tuple(param for param in schema(spec) if param.layer == first)
 
 
-def _leaf(param: Param) -> str:
-    return param.name.split(".")[-2]
+def _has_adapter(param: Param, adapter: LoRAPlan) -> bool:
+    module = param.name.split(".")[-2]
+    return param.kind == "linear" and param.expert is None and module in adapter.targets

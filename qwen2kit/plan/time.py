@@ -1,0 +1,346 @@
+"""Predicted seconds of one optimizer step: a roofline per kind of work, plus exposed communication.
+
+Every product takes ``max(FLOPs / achievable FLOP/s, bytes / achievable bytes/s)`` (roofline model,
+doi 10.1145/1498765.1498785); elementwise work and AdamW are bound by memory. FSDP's gathers and
+reductions hide behind a layer's computation as far as that lasts; tensor and context parallel
+communication does not. A pipeline of p stages and m micro-batches takes ``m + p - 1`` slots of its
+slowest stage (arXiv 2104.04473, section 2.2). Communication volumes: arXiv 1910.02054 (FSDP),
+2205.05198 (tensor and sequence parallel).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from qwen2kit.plan.hardware import Hardware
+from qwen2kit.plan.stages import Stage
+from qwen2kit.plan.workload import (
+    MASTER_BYTES,
+    Workload,
+    ffn_width,
+    layer_kinds,
+    matrices,
+    share,
+)
+from qwen2kit.spec.counts import count_params, train_flops_per_token
+
+PARTS: Final = (
+    "matmul", "attention", "head", "elementwise", "recompute", "launch", "communication",
+    "bubble", "optimizer",
+)  # fmt: skip
+
+MATMUL_EFFICIENCY: Final = 0.64
+"""Share of the peak that large matrix products reach during training."""
+
+ATTENTION_EFFICIENCY: Final = 0.40
+"""Share of the peak that FlashAttention-2's forward pass reaches on Hopper (arXiv 2307.08691 has
+0.6 to 0.7 on A100)."""
+
+ATTENTION_BACKWARD: Final = 3.0
+"""Time of attention's backward pass over its forward pass: 2.5 times the products, less well."""
+
+ELEMENTWISE_BACKWARD: Final = 2.0
+"""Memory traffic of the backward pass's elementwise work over the forward pass's."""
+
+MEMORY_EFFICIENCY: Final = 0.80
+"""Share of the memory bandwidth that streaming kernels reach."""
+
+LINK_EFFICIENCY: Final = 0.75
+"""Share of link and network bandwidth that large NCCL collectives reach."""
+
+HOP_SECONDS: Final = 4e-6
+"""Latency of one step of a ring."""
+
+FLOAT8_SPEEDUP: Final = 1.4
+"""Layers' products in float8 over bfloat16, casts included (a third more tokens per second for
+8B parameters in torchtitan's published figures)."""
+
+LOGIT_TRAFFIC: Final = 38.0
+"""Bytes read and written per logit: bfloat16 product, float32 softmax, bfloat16 slope, two more
+products."""
+
+HEAD_TRAFFIC: Final = 12.0
+"""Bytes per weight of the head and chunk: the gradient in bfloat16 is added to a float32 one."""
+
+ADAMW_TRAFFIC: Final = 44.0
+"""Bytes per parameter and step: update (28), norm (4), clipping (8), zeroing (4)."""
+
+CAST_TRAFFIC: Final = 6.0
+"""Bytes per weight of a cast from float32 to bfloat16."""
+
+DEQUANTIZE_TRAFFIC: Final = 16.0
+"""Bytes per NF4 weight each time it is expanded."""
+
+HOST_SECONDS: Final = {True: 4e-4, False: 2e-3}
+"""Python and kernel launches of one layer, forward and backward, compiled or not: a floor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """Equal accelerators in equal nodes.
+
+    Attributes:
+        hardware: each of them.
+        gpus: how many.
+        gpus_per_node: how many share a node's links.
+    """
+
+    hardware: Hardware
+    gpus: int
+    gpus_per_node: int = 8
+
+    def bandwidth(self, size: int, stride: int) -> float:
+        """Bytes per second that each of ``size`` processes exchanges when all take part, ranks
+        being ``stride`` apart. Several members in a node share its network cards."""
+        link = self.hardware.link_bandwidth
+        if size * stride > self.gpus_per_node:
+            in_node = max(1, self.gpus_per_node // stride)
+            link = min(link, in_node * self.hardware.network_bandwidth)
+        return LINK_EFFICIENCY * link
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step on the slowest pipeline stage.
+
+    Attributes:
+        matmul, attention, head, elementwise: forward and backward pass of all micro-batches.
+        recompute: forward passes done again.
+        launch: waiting for the host, where the kernels are too short for it.
+        communication: not hidden behind computation.
+        bubble: waiting for the other stages.
+        optimizer: clipping and AdamW.
+    """
+
+    matmul: float
+    attention: float
+    head: float
+    elementwise: float
+    recompute: float
+    launch: float
+    communication: float
+    bubble: float
+    optimizer: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The seconds by name."""
+        return {name: getattr(self, name) for name in PARTS}
+
+    @property
+    def total(self) -> float:
+        """The whole step."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """Seconds of computation for one micro-batch on one process."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    head: float = 0.0
+    elementwise: float = 0.0
+    recompute: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.matmul + self.attention + self.head + self.elementwise + self.recompute
+
+    def add(self, other: _Work, count: int) -> _Work:
+        """With ``count`` times ``other``."""
+        return _Work(
+            matmul=self.matmul + count * other.matmul,
+            attention=self.attention + count * other.attention,
+            head=self.head + count * other.head,
+            elementwise=self.elementwise + count * other.elementwise,
+            recompute=self.recompute + count * other.recompute,
+        )
+
+
+def predict(workload: Workload, cluster: Cluster) -> StepTime:
+    """The step's time on the slowest stage."""
+    times = [_stage_time(workload, stage, cluster) for stage in workload.stages]
+    return max(times, key=lambda time: time.total)
+
+
+def flops_per_token(workload: Workload) -> float:
+    """Model FLOPs per token, as in MFU: recomputation not counted, and no weight gradients for
+    frozen weights (a third of the matrix products of full training)."""
+    full = train_flops_per_token(workload.spec, workload.seq_len)
+    if workload.plan.adapter is None:
+        return full
+    spec = workload.spec
+    matmul = count_params(spec).activated_non_embedding + spec.vocab_size * spec.hidden_size
+    return full - 2 * matmul
+
+
+def tokens_per_second(workload: Workload, seconds: float) -> float:
+    """Tokens per second of all processes at ``seconds`` per step."""
+    return workload.tokens_per_step / seconds
+
+
+def mfu(workload: Workload, cluster: Cluster, seconds: float) -> float:
+    """Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) of the dtype's dense peak."""
+    rate = flops_per_token(workload) * tokens_per_second(workload, seconds)
+    return rate / (cluster.gpus * cluster.hardware.peak(workload.dtype))
+
+
+def _stage_time(workload: Workload, stage: Stage, cluster: Cluster) -> StepTime:
+    hardware, micro = cluster.hardware, workload.micro_batches
+    work = _Work(head=_head_seconds(workload, hardware) if stage.last else 0.0)
+    exposed = 0.0
+    for layer, count in layer_kinds(workload.spec, stage):
+        forward, backward = _layer_work(workload, layer, hardware)
+        work = work.add(forward, count).add(backward, count)
+        exposed += count * _layer_communication(
+            workload, stage, cluster, forward.total, backward.total
+        )
+    launch = max(0.0, HOST_SECONDS[workload.compiled] * len(stage.layers) - work.total)
+    slot = work.total + launch + exposed
+    return StepTime(
+        matmul=micro * work.matmul,
+        attention=micro * work.attention,
+        head=micro * work.head,
+        elementwise=micro * work.elementwise,
+        recompute=micro * work.recompute,
+        launch=micro * launch,
+        communication=micro * exposed + _once_per_step(workload, stage, cluster),
+        bubble=(stage.count - 1) * slot,
+        optimizer=_bytes_seconds(hardware, ADAMW_TRAFFIC * share(workload, stage).trainable),
+    )
+
+
+def _layer_work(workload: Workload, layer: int, hardware: Hardware) -> tuple[_Work, _Work]:
+    """Forward and backward pass of one layer."""
+    plan = workload.plan
+    products, casts = _products(workload, layer, hardware)
+    attention = _attention(workload, layer, hardware)
+    elementwise = _elementwise(workload, layer, hardware)
+    frozen = plan.adapter is not None
+    again = {"none": 0.0, "selective": elementwise, "full": products + attention + elementwise}
+    return (
+        _Work(matmul=products, attention=attention, elementwise=elementwise + casts),
+        _Work(
+            matmul=products * (1 if frozen else 2),
+            attention=attention * ATTENTION_BACKWARD,
+            elementwise=elementwise * ELEMENTWISE_BACKWARD + casts,
+            recompute=again[plan.recompute],
+        ),
+    )
+
+
+def _products(workload: Workload, layer: int, hardware: Hardware) -> tuple[float, float]:
+    """Seconds of a layer's products in the forward pass, and of making its weights ready."""
+    tokens, width = workload.tokens, workload.width
+    rate = MATMUL_EFFICIENCY * hardware.peak(workload.dtype)
+    if workload.plan.float8:
+        rate *= FLOAT8_SPEEDUP
+    seconds, weights = 0.0, 0
+    for outputs, inputs in matrices(workload.spec, layer, workload.degrees.tp):
+        traffic = width * (tokens * (inputs + outputs) + inputs * outputs)
+        flops = 2 * tokens * inputs * outputs
+        seconds += max(flops / rate, _bytes_seconds(hardware, traffic))
+        weights += inputs * outputs
+    return seconds, _bytes_seconds(hardware, weights * _weight_traffic(workload))
+
+
+def _weight_traffic(workload: Workload) -> float:
+    adapter = workload.plan.adapter
+    if adapter is not None:
+        return DEQUANTIZE_TRAFFIC if adapter.quantize == "nf4" else 0.0
+    return CAST_TRAFFIC if workload.autocast else 0.0
+
+
+def _attention(workload: Workload, layer: int, hardware: Hardware) -> float:
+    """Causal: half of the keys on average; a sliding window sees at most its length."""
+    spec = workload.spec
+    keys = workload.seq_len / 2
+    window = spec.window_of(layer)
+    if window is not None:
+        keys = min(keys, window)
+    queries = spec.num_attention_heads * spec.head_dim / workload.degrees.tp
+    flops = 4 * workload.tokens * keys * queries
+    return flops / (ATTENTION_EFFICIENCY * hardware.peak(workload.dtype))
+
+
+def _elementwise(workload: Workload, layer: int, hardware: Hardware) -> float:
+    """Norms and residual sums (ten passes over D), rotation (two over Q and K), SwiGLU (three
+    over F)."""
+    spec, tp = workload.spec, workload.degrees.tp
+    heads = (spec.num_attention_heads + spec.num_key_value_heads) * spec.head_dim
+    values = 10 * spec.hidden_size / tp + 2 * heads / tp + 3 * ffn_width(spec, layer, tp)
+    return _bytes_seconds(hardware, workload.tokens * workload.width * values)
+
+
+def _head_seconds(workload: Workload, hardware: Hardware) -> float:
+    """Head and loss, forward and backward: gradients are formed while the logits exist."""
+    spec, plan = workload.spec, workload.plan
+    vocab = spec.vocab_size / workload.degrees.tp
+    trained = plan.adapter is None
+    weights = vocab * spec.hidden_size
+    flops = (6 if trained else 4) * workload.tokens * weights
+    traffic = workload.tokens * vocab * LOGIT_TRAFFIC
+    if trained:
+        traffic += HEAD_TRAFFIC * weights * max(1, workload.tokens / plan.loss_chunk_tokens)
+    rate = MATMUL_EFFICIENCY * hardware.peak(workload.dtype)
+    return flops / rate + _bytes_seconds(hardware, traffic)
+
+
+def _layer_communication(
+    workload: Workload, stage: Stage, cluster: Cluster, forward: float, backward: float
+) -> float:
+    """Seconds of one layer's communication for one micro-batch that nothing hides."""
+    degrees = workload.degrees
+    held = share(workload, stage)
+    gather = _collective(cluster, workload.width * held.layer, degrees.sharded, degrees.tp)
+    reduce = _collective(cluster, MASTER_BYTES * held.layer_trainable, degrees.sharded, degrees.tp)
+    replicas = 2 * _collective(
+        cluster,
+        MASTER_BYTES * held.layer_trainable / degrees.sharded,
+        degrees.dp_replicate,
+        degrees.tp * degrees.sharded,
+    )
+    again = 0.0 if stage.count > 1 else gather  # a pipeline keeps gathered weights
+    exposed = max(0.0, gather - forward) + max(0.0, again + reduce + replicas - backward)
+    return exposed + _tensor_communication(workload, cluster) + _context(workload, cluster)
+
+
+def _tensor_communication(workload: Workload, cluster: Cluster) -> float:
+    """Gather and scatter around attention and MLP, forward and backward (and once more)."""
+    size = workload.width * workload.tokens * workload.spec.hidden_size
+    passes = 3 if workload.plan.recompute == "full" else 2
+    return 4 * passes * _collective(cluster, size, workload.degrees.tp, 1)
+
+
+def _context(workload: Workload, cluster: Cluster) -> float:
+    """Keys and values of the whole row are gathered; their gradients scattered."""
+    spec, degrees = workload.spec, workload.degrees
+    row = 2 * spec.num_key_value_heads * spec.head_dim / degrees.tp * workload.tokens * degrees.cp
+    passes = 3 if workload.plan.recompute == "full" else 2
+    return passes * _collective(cluster, workload.width * row, degrees.cp, degrees.tp)
+
+
+def _once_per_step(workload: Workload, stage: Stage, cluster: Cluster) -> float:
+    """Weights outside the layers, and the hidden states that a pipeline hands on."""
+    degrees, held = workload.degrees, share(workload, stage)
+    gather = _collective(cluster, workload.width * held.root, degrees.sharded, degrees.tp)
+    reduce = _collective(cluster, MASTER_BYTES * held.root_trainable, degrees.sharded, degrees.tp)
+    if stage.count == 1:
+        return gather + reduce
+    hidden = workload.width * workload.tokens * workload.spec.hidden_size / degrees.tp
+    hop = hidden / cluster.bandwidth(2, degrees.world // degrees.pp)
+    return gather + reduce + 2 * hop * (workload.micro_batches + stage.count - 1)
+
+
+def _collective(cluster: Cluster, size: float, processes: int, stride: int) -> float:
+    """Seconds to gather (or reduce and scatter) ``size`` bytes over a ring of processes."""
+    if processes == 1:
+        return 0.0
+    moved = size * (processes - 1) / processes
+    return moved / cluster.bandwidth(processes, stride) + HOP_SECONDS * (processes - 1)
+
+
+def _bytes_seconds(hardware: Hardware, traffic: float) -> float:
+    return traffic / (MEMORY_EFFICIENCY * hardware.memory_bandwidth)
