@@ -1,4 +1,4 @@
-"""Recipe nodes of optimisation: steps, batch, AdamW, learning-rate schedule."""
+"""Recipe nodes of optimisation: steps, batch, AdamW, learning-rate schedule, loss spikes."""
 
 from __future__ import annotations
 
@@ -108,6 +108,60 @@ class AdamWConfig:
         )
 
 
+def _check_spike(factor: float, window: int) -> None:
+    check(
+        (isfinite(factor) and factor > 0, f"factor must be positive, got {factor}"),
+        (window >= 4, f"window must be at least 4 steps, got {window}"),
+    )
+
+
+@node
+class KeepSpikes:
+    """Every finite loss is trained on."""
+
+    kind: Literal["off"] = "off"
+
+
+@node
+class SkipSpikes:
+    """A step whose loss is far above the recent ones changes nothing.
+
+    Attributes:
+        factor: how far above the median, in robust standard deviations (1.4826 times the median
+            absolute deviation).
+        window: how many steps are looked back; the first ``window`` steps are always taken.
+    """
+
+    kind: Literal["skip"] = "skip"
+    factor: float = 6.0
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        _check_spike(self.factor, self.window)
+
+
+@node
+class RewindSpikes:
+    """A spike (as for `SkipSpikes`, or a loss that is not finite) takes the run back to its newest
+    checkpoint; the rows seen since then are not seen again (PaLM, arXiv 2204.02311, section 5.1).
+
+    Attributes:
+        max_rewinds: the run stops at the next one.
+    """
+
+    kind: Literal["rewind"] = "rewind"
+    factor: float = 6.0
+    window: int = 128
+    max_rewinds: int = 10
+
+    def __post_init__(self) -> None:
+        _check_spike(self.factor, self.window)
+        check((self.max_rewinds >= 1, f"max_rewinds must be at least 1, got {self.max_rewinds}"))
+
+
+SpikeConfig = Annotated[KeepSpikes | SkipSpikes | RewindSpikes, ByKind()]
+
+
 @node
 class TrainConfig:
     """How long and how to optimise.
@@ -120,6 +174,8 @@ class TrainConfig:
         lr: peak learning rate.
         seed: of initial weights and data order.
         non_finite: ``raise`` stops at a NaN or infinite loss; ``skip`` leaves the step out.
+        spike: what to do about a loss far above the recent ones.
+        max_skipped: the run stops when more steps than that were left out in a row.
         loss_chunk_tokens: positions per slice of the output head.
         recompute, float8: as in `TrainPlan`.
         compile: compile the layers; None leaves it to the backend.
@@ -134,6 +190,8 @@ class TrainConfig:
     optimizer: AdamWConfig = field(default_factory=AdamWConfig)
     seed: int = 0
     non_finite: Literal["raise", "skip"] = "raise"
+    spike: SpikeConfig = field(default_factory=KeepSpikes)
+    max_skipped: int = 20
     loss_chunk_tokens: int = 2048
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | None = None
@@ -155,6 +213,7 @@ class TrainConfig:
             ),
             (isfinite(self.lr) and self.lr > 0, f"lr must be positive, got {self.lr}"),
             (0 <= self.seed < 2**63, f"seed must be in [0, 2^63), got {self.seed}"),
+            (self.max_skipped >= 0, f"max_skipped must not be negative, got {self.max_skipped}"),
             (
                 self.loss_chunk_tokens >= 1,
                 f"loss_chunk_tokens must be at least 1, got {self.loss_chunk_tokens}",

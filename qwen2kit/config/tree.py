@@ -6,9 +6,10 @@ Nodes can also be built in Python: they are ordinary dataclasses and check thems
 from __future__ import annotations
 
 from dataclasses import field, fields
+from math import isfinite
 from typing import Literal
 
-from qwen2kit.config.data_tree import DataConfig, EmbeddedData, is_chat
+from qwen2kit.config.data_tree import DataConfig, EmbeddedData, check_data
 from qwen2kit.config.node import check, node
 from qwen2kit.config.train_tree import TrainConfig
 
@@ -143,17 +144,23 @@ class CheckpointConfig:
 
     Attributes:
         every: steps between checkpoints; 0 saves only at the end.
+        every_minutes: also save when that much time has passed since the last one; 0 is never.
         keep: newest checkpoints to keep.
         initial: also export the untrained model to ``initial/`` of the run directory.
     """
 
     every: int = 500
+    every_minutes: float = 0.0
     keep: int = 2
     initial: bool = False
 
     def __post_init__(self) -> None:
         check(
             (self.every >= 0, f"every must not be negative, got {self.every}"),
+            (
+                isfinite(self.every_minutes) and self.every_minutes >= 0,
+                f"every_minutes must not be negative, got {self.every_minutes}",
+            ),
             (self.keep >= 1, f"keep must be at least 1, got {self.keep}"),
         )
 
@@ -204,6 +211,48 @@ class LoggingConfig:
 
 
 @node
+class LongConfig:
+    """The concluding phase of a run on longer rows: at one step ``seq_len`` and the base of RoPE
+    change, while optimizer state, schedule and step count go on (Qwen2 report, section 3.2).
+
+    Attributes:
+        fraction: share of ``train.steps``, at the end of the run.
+        seq_len: tokens per row.
+        rope_theta: base of RoPE.
+        max_position_embeddings: context of the finished model; None keeps the model's, raised to
+            ``seq_len`` if that is less.
+        batch_rows: rows per step; None takes as many tokens per step as before.
+        micro_batch_rows: rows per forward pass; None takes as many tokens as before, at least one
+            row.
+        data: other data for this phase; None starts a new pass over that of the run.
+        parallel: other degrees for this phase, e.g. more ``cp``; None keeps those of the run.
+        recompute: as in ``train``; None keeps that of the run.
+    """
+
+    fraction: float
+    seq_len: int
+    rope_theta: float
+    max_position_embeddings: int | None = None
+    batch_rows: int | None = None
+    micro_batch_rows: int | None = None
+    data: DataConfig | None = None
+    parallel: ParallelConfig | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+
+    def __post_init__(self) -> None:
+        check(
+            (0 < self.fraction < 1, f"fraction must be between 0 and 1, got {self.fraction}"),
+            (self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}"),
+            (self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}"),
+            *(
+                (value is None or value >= 1, f"{name} must be at least 1, got {value}")
+                for name in ("max_position_embeddings", "batch_rows", "micro_batch_rows")
+                for value in (getattr(self, name),)
+            ),
+        )
+
+
+@node
 class RunConfig:
     """A training run.
 
@@ -221,6 +270,7 @@ class RunConfig:
         output_dir: parent of run directories.
         parallel: how the work is spread over processes.
         adapter: train LoRA adapters of a checkpoint instead of its weights.
+        long: a concluding phase on longer rows.
     """
 
     name: str
@@ -242,10 +292,9 @@ class RunConfig:
     output_dir: str = "runs"
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     adapter: AdapterConfig | None = None
+    long: LongConfig | None = None
 
     def __post_init__(self) -> None:
-        chat = self.task == "sft"
-        sources = [self.data] if self.eval.data is None else [self.data, self.eval.data]
         check(
             (self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}"),
             (
@@ -256,9 +305,12 @@ class RunConfig:
                 bool(self.name) and not set(self.name) & set("/\\\0"),
                 f"name must be usable as a directory name, got {self.name!r}",
             ),
-            (
-                all(is_chat(source) or not chat for source in sources),
-                "task sft needs conversations: choose a data.format other than text",
+            *check_data(
+                self.data,
+                task=self.task,
+                epochs=self.train.epochs,
+                held_out=self.eval.data,
+                fraction=self.eval.fraction,
             ),
             (
                 self.eval.questions == 0 or isinstance(self.data, EmbeddedData),
@@ -268,5 +320,14 @@ class RunConfig:
                 not isinstance(self.data, EmbeddedData)
                 or self.eval.questions <= self.data.held_out,
                 "eval.questions must not exceed data.held_out",
+            ),
+            (
+                self.long is None or self.train.steps is not None,
+                "a long phase is a share of train.steps: set them instead of train.epochs",
+            ),
+            (
+                self.train.spike.kind != "rewind"
+                or bool(self.checkpoint.every or self.checkpoint.every_minutes),
+                "train.spike.kind = rewind needs checkpoints to go back to: set checkpoint.every",
             ),
         )

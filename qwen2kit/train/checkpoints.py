@@ -1,104 +1,208 @@
 """Checkpoints of a run on disk: complete or absent, checked on reading, pruned to the newest.
 
-``checkpoints/step-00000300/`` holds what the backend's ``save_state`` wrote and ``state.json``.
-A checkpoint is built under a hidden name, flushed to disk and then renamed.
+``checkpoints/step-00000300/`` holds what the backend's ``save_state`` wrote on every process, a
+list with checksums from each, and ``state.json``. A checkpoint is built under a hidden name while
+training goes on, flushed to disk, and renamed when all processes are done. All methods are
+collective.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen2kit.errors import Qwen2KitError, TrainingError
+from qwen2kit.backend.processes import Processes, SingleProcess
+from qwen2kit.backend.protocol import Saving
+from qwen2kit.errors import PeerError, TrainingError, WeightError
+from qwen2kit.train.agreement import settle, together
+from qwen2kit.train.checkpoint_files import (
+    OtherVersion,
+    Receipt,
+    read_state,
+    verify_files,
+    write_state,
+)
 from qwen2kit.weights.safetensors_write import sync_directory
 
-STATE_FILE = "state.json"
-SCHEMA_VERSION = 1
 _NAME = re.compile(r"step-(\d{8,})")
-_BLOCK = 1 << 22
+State = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
     """The state that was read, and one warning per newer checkpoint that could not be."""
 
-    state: dict[str, Any]
+    state: State
     path: Path
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Pending:
+    """A checkpoint in flight."""
+
+    step: int
+    state: State
+    partial: Path
+    receipt: Receipt
+
+
 class CheckpointStore:
-    """The checkpoints of one run.
+    """The checkpoints of one run; at most one is being written at a time.
 
     Args:
         directory: holds the ``step-*`` directories; created on first use.
         keep: how many of the newest survive a save.
+        processes: who writes.
     """
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, keep: int, processes: Processes | None = None) -> None:
         self.directory = directory
         self.keep = keep
+        self._processes = processes or SingleProcess()
+        self._pending: _Pending | None = None
+
+    @property
+    def saving(self) -> bool:
+        """Whether a checkpoint is in flight (the same on all processes)."""
+        return self._pending is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process has not yet done its part of it."""
+        return self._pending is not None and not self._pending.receipt.done()
 
     def paths(self) -> list[Path]:
         """Existing checkpoints, oldest first."""
         if not self.directory.is_dir():
             return []
         found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(path.name[5:]))
+        return sorted(found, key=_step)
 
-    def save(self, step: int, state: dict[str, Any], write: Callable[[Path], None]) -> Path:
+    def begin(self, step: int, state: State, write: Callable[[Path], Saving]) -> None:
         """Store ``state`` and whatever ``write`` puts into the directory it is given.
 
-        Raises:
-            TrainingError: the disk is full or not writable; earlier checkpoints are untouched.
-        """
-        final = self.directory / f"step-{step:08d}"
-        partial = self.directory / f".{final.name}.partial"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            write(partial)
-            _write_state(partial, {"schema_version": SCHEMA_VERSION, "step": step, **state})
-            if final.exists():
-                shutil.rmtree(final)
-            partial.replace(final)
-            sync_directory(self.directory)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise self._failure(step, error) from error
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        for old in self.paths()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        return final
+        Returns as soon as ``write`` does; `publish` or `finish` completes it.
 
-    def restore(self, read: Callable[[Path], None]) -> Restored | None:
+        Raises:
+            TrainingError: the disk is full or not writable (at this or the previous checkpoint);
+                earlier checkpoints are untouched.
+        """
+        self.finish()
+        partial = self.directory / f".step-{step:08d}.partial"
+        together(self._processes, lambda: self._prepare(step, partial))
+        try:
+            saving = write(partial)
+        except OSError as error:
+            saving = _FailedSaving(error)
+        receipt = Receipt(saving, partial, self._processes.rank)
+        self._pending = _Pending(step, state, partial, receipt)
+
+    def publish(self) -> None:
+        """Give the checkpoint in flight its name; no process may be `busy` any more.
+
+        Raises:
+            TrainingError: it could not be written completely.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            settle(self._processes, self._explained(pending.step, pending.receipt.error))
+            together(self._processes, lambda: self._complete(pending))
+        except BaseException:
+            if self._processes.rank == 0:
+                shutil.rmtree(pending.partial, ignore_errors=True)
+            raise
+
+    def finish(self) -> None:
+        """Wait for the checkpoint in flight and `publish` it; no-op if there is none."""
+        if self._pending is not None:
+            self._pending.receipt.wait()
+            self.publish()
+
+    def restore(self, read: Callable[[Path, State], None]) -> Restored | None:
         """Load the newest intact checkpoint through ``read``; None if there is none at all.
 
         Raises:
-            TrainingError: checkpoints exist but every one is damaged.
+            TrainingError: checkpoints exist but every one is damaged, or the newest is of another
+                version.
         """
         warnings: list[str] = []
-        for path in reversed(self.paths()):
-            try:
-                state = _read_state(path)
-                read(path)
-            except (Qwen2KitError, OSError) as error:
-                warnings.append(f"checkpoint {path.name} is damaged and is passed over: {error}")
-                continue
-            return Restored(state, path, tuple(warnings))
+        for name in self._processes.share([path.name for path in reversed(self.paths())]):
+            path = self.directory / name
+            state, problem = self._load(path, read)
+            if problem is None:
+                return Restored(state, path, tuple(warnings))
+            warnings.append(f"checkpoint {name} is damaged and is passed over: {problem}")
         if warnings:
             raise TrainingError(f"no intact checkpoint in {self.directory}: {warnings[0]}")
         return None
+
+    def _load(
+        self, path: Path, read: Callable[[Path, State], None]
+    ) -> tuple[State, Exception | None]:
+        state: State = {}
+        problem = self._problem(lambda: state.update(self._verify(path)))
+        return state, problem or self._problem(lambda: read(path, state))
+
+    def _verify(self, path: Path) -> State:
+        state = read_state(path)
+        rank, world = self._processes.rank, self._processes.world
+        verify_files(path, state["processes"], rank=rank, world=world)
+        return state
+
+    def _problem(self, work: Callable[[], None]) -> Exception | None:
+        """What is wrong with a checkpoint, if ``work`` finds anything on any process."""
+        problem: Exception | None = None
+        try:
+            work()
+        except (OtherVersion, PeerError):
+            raise
+        except (TrainingError, WeightError, OSError) as error:
+            problem = error
+        if self._processes.any(problem is not None):
+            return problem or TrainingError("another process cannot read it")
+        return None
+
+    def _prepare(self, step: int, partial: Path) -> None:
+        if self._processes.rank == 0:
+            self.sweep()
+            try:
+                partial.mkdir(parents=True)
+            except OSError as error:
+                raise self._failure(step, error) from error
+
+    def sweep(self) -> None:
+        """Remove what a run that was killed while saving has left (process 0 only)."""
+        for leftover in self.directory.glob(".step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def _complete(self, pending: _Pending) -> None:
+        if self._processes.rank:
+            return
+        final = self.directory / f"step-{pending.step:08d}"
+        state = {"step": pending.step, **pending.state}
+        try:
+            write_state(pending.partial, state, self._processes.world)
+            if final.exists():
+                shutil.rmtree(final)
+            pending.partial.replace(final)
+            sync_directory(self.directory)
+        except OSError as error:
+            raise self._failure(pending.step, error) from error
+        # A newer one can only be damaged (the run has gone back past it): it is not counted.
+        saved = [path for path in self.paths() if _step(path) <= pending.step]
+        for old in saved[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def _explained(self, step: int, error: Exception | None) -> Exception | None:
+        return self._failure(step, error) if isinstance(error, OSError) else error
 
     def _failure(self, step: int, error: OSError) -> TrainingError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -108,33 +212,18 @@ class CheckpointStore:
         return TrainingError(f"cannot save step {step} in {self.directory}: {reason}; {rest}")
 
 
-def _write_state(directory: Path, state: dict[str, Any]) -> None:
-    checksums = {path.name: _checksum(path) for path in sorted(directory.iterdir())}
-    text = json.dumps(state | {"files": checksums}, indent=2, allow_nan=False)
-    (directory / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-    for path in directory.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    sync_directory(directory)
+class _FailedSaving:
+    """A save that failed on this process before it began."""
+
+    def __init__(self, error: OSError) -> None:
+        self._error = error
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> tuple[str, ...]:
+        raise self._error
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
-    try:
-        state = json.loads((directory / STATE_FILE).read_text(encoding="utf-8"))
-        version, files = state["schema_version"], dict(state["files"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(f"{STATE_FILE} cannot be read ({type(error).__name__})") from None
-    if version != SCHEMA_VERSION:
-        raise TrainingError(f"{STATE_FILE} has schema version {version}, not {SCHEMA_VERSION}")
-    for name, checksum in files.items():
-        if Path(name).name != name or _checksum(directory / name) != checksum:
-            raise TrainingError(f"{name} does not match its checksum")
-    return dict(state)
-
-
-def _checksum(path: Path) -> str:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            value = zlib.crc32(block, value)
-    return f"crc32:{value:08x}"
+def _step(path: Path) -> int:
+    return int(path.name[5:])

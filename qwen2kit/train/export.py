@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import schema
 from qwen2kit.tokenizer.bpe import Tokenizer
+from qwen2kit.train.agreement import settle
 from qwen2kit.weights.generation import GenerationDefaults
 from qwen2kit.weights.safetensors_write import SafetensorsWriter, sync_directory
 from qwen2kit.weights.source import TensorInfo
-from qwen2kit.weights.tensor import DType
+from qwen2kit.weights.tensor import DType, HostTensor
 
 
 def spec_for_export(spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> ModelSpec:
@@ -30,20 +33,46 @@ def spec_for_export(spec: ModelSpec, tokenizer: Tokenizer, *, chat: bool) -> Mod
 
 
 def export_model(
-    model: CompiledModel, tokenizer: Tokenizer, directory: Path, *, dtype: DType, chat: bool
+    model: CompiledModel,
+    tokenizer: Tokenizer,
+    directory: Path,
+    *,
+    dtype: DType,
+    chat: bool,
+    processes: Processes | None = None,
 ) -> None:
     """Write ``directory`` (replacing it): config.json, safetensors, tokenizer, generation defaults.
 
-    Tensors stream one at a time; the directory appears under its name only when complete.
+    Tensors stream one at a time; the directory appears under its name only when complete. All
+    processes call this; process 0 writes.
 
     Raises:
         OSError: the disk is full or not writable.
+        PeerError: process 0 failed.
     """
+    processes = processes or SingleProcess()
+    tensors = model.export()
+    spec = spec_for_export(model.spec, tokenizer, chat=chat)
+    error: OSError | None = None
+    if processes.rank == 0:
+        try:
+            _replace(
+                directory, lambda partial: _write(spec, tensors, tokenizer, partial, dtype, chat)
+            )
+        except OSError as caught:
+            error = caught
+    # Handing tensors over takes all processes, even if process 0 no longer stores them.
+    for _ in tensors:
+        pass
+    settle(processes, error)
+
+
+def _replace(directory: Path, write: Callable[[Path], None]) -> None:
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        _write(model, tokenizer, partial, dtype, chat)
+        write(partial)
         if directory.exists():
             shutil.rmtree(directory)
         partial.replace(directory)
@@ -54,12 +83,16 @@ def export_model(
 
 
 def _write(
-    model: CompiledModel, tokenizer: Tokenizer, directory: Path, dtype: DType, chat: bool
+    spec: ModelSpec,
+    tensors: Iterator[tuple[str, HostTensor]],
+    tokenizer: Tokenizer,
+    directory: Path,
+    dtype: DType,
+    chat: bool,
 ) -> None:
-    spec = spec_for_export(model.spec, tokenizer, chat=chat)
     plan = [(param.name, TensorInfo(dtype, param.shape)) for param in schema(spec)]
     with SafetensorsWriter(directory, plan, metadata={"format": "pt"}) as writer:
-        for name, tensor in model.export():
+        for name, tensor in tensors:
             writer.write(name, tensor.astype(dtype))
     tokenizer.save(directory)
     stops = (tokenizer.im_end_id, tokenizer.eot_id)

@@ -1,7 +1,8 @@
 """The training loop: order, cadence and bookkeeping. The backend owns what a step is.
 
-Nothing here knows about ranks or micro-batches: the loader hands out this rank's rows, and
-``train_step`` returns figures of the global batch.
+Every process runs this loop. The loader hands out the rows of this process, ``train_step`` returns
+figures of the global batch, and whatever depends on one process alone (a signal, a clock, a
+finished file) is agreed upon before anyone acts on it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from math import isfinite
 from time import perf_counter
 from typing import Protocol
 
+from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import StepMetrics, TrainableModel
-from qwen2kit.data.loader import Loader
+from qwen2kit.data.loader import Batches
 from qwen2kit.errors import TrainingError
+from qwen2kit.train.guard import Guard
 from qwen2kit.train.metrics import Record, Sink
+from qwen2kit.train.pace import Pace, Timer
 from qwen2kit.train.signals import StopRequest
 
 
@@ -24,14 +28,23 @@ class Cadence:
     """When things happen.
 
     Attributes:
-        total: number of steps.
+        total: number of steps of the whole run.
+        last: step after which the loop ends (saving); ``total`` if None.
         log_every, checkpoint_every, eval_every: in steps; 0 is never.
+        checkpoint_minutes: longest time between checkpoints; 0 is any.
     """
 
     total: int
+    last: int | None = None
     log_every: int = 1
     checkpoint_every: int = 0
+    checkpoint_minutes: float = 0.0
     eval_every: int = 0
+
+    @property
+    def end(self) -> int:
+        """The step after which the loop ends."""
+        return self.total if self.last is None else self.last
 
 
 @dataclass(slots=True)
@@ -45,10 +58,27 @@ class Progress:
 
 
 class Hooks(Protocol):
-    """What the loop calls back."""
+    """What the loop calls back. All methods are collective."""
+
+    def starting(self, step: int) -> None:
+        """Step number ``step`` (from 1) comes next."""
+        ...
+
+    def attend(self, stop_requested: bool) -> bool:
+        """Called once per step: look after a checkpoint in flight; whether any process was asked
+        to stop."""
+        ...
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint."""
+        """Begin to write a checkpoint."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is complete."""
+        ...
+
+    def rewind(self, progress: Progress, loss: float) -> None:
+        """Back to the newest checkpoint; ``progress`` follows, the data does not."""
         ...
 
     def evaluate(self, progress: Progress) -> None:
@@ -58,40 +88,64 @@ class Hooks(Protocol):
 
 def run_loop(
     model: TrainableModel,
-    loader: Loader,
+    loader: Batches,
     cadence: Cadence,
     learning_rate: Callable[[int], float],
     *,
     progress: Progress,
+    guard: Guard,
     hooks: Hooks,
     sink: Sink,
     stop: StopRequest,
-) -> None:
-    """Train from ``progress.step`` to ``cadence.total`` or until ``stop`` is requested.
+    pace: Pace,
+    processes: Processes | None = None,
+) -> bool:
+    """Train from ``progress.step`` to the end of ``cadence`` or until ``stop`` is requested.
 
-    A checkpoint is always written before an evaluation, and when the loop ends.
+    Returns whether it was, before the end.
+
+    A checkpoint is always begun before an evaluation, and complete when the loop ends.
 
     Raises:
-        TrainingError: the loss is not finite (naming the step), or a checkpoint cannot be saved.
+        TrainingError: the guard gives up (naming the step), or a checkpoint cannot be saved.
+        PeerError: another process failed.
     """
-    clock = _Clock(progress.step, cadence.total)
-    while progress.step < cadence.total:
+    timer = Timer(cadence.checkpoint_minutes, processes or SingleProcess())
+    stopping = False
+    while progress.step < cadence.end and not stopping:
+        hooks.starting(progress.step + 1)
+        started = perf_counter()
         batch = loader.next_batch()
+        waited = perf_counter() - started
         lr = learning_rate(progress.step)
         try:
-            metrics = model.train_step(batch, lr)
+            metrics = model.train_step(batch, lr, max_loss=guard.limit())
         except TrainingError as error:
             raise TrainingError(f"step {progress.step + 1}: {error}") from error
+        if _must_rewind(guard, metrics, progress, hooks):
+            hooks.rewind(progress, metrics.loss)
+            continue
         _advance(progress, metrics)
-        if _due(progress.step, cadence.log_every) or progress.step == cadence.total:
-            sink.write(_record(progress, metrics, lr, clock))
-        ending = stop.requested is not None or progress.step == cadence.total
-        if ending or _due(progress.step, cadence.checkpoint_every):
+        pace.step(metrics.tokens, perf_counter() - started, waited)
+        if _due(progress.step, cadence.log_every) or progress.step == cadence.end:
+            sink.write(_record(progress, metrics, lr, pace, cadence.total))
+        stopping = hooks.attend(stop.requested is not None)
+        ending = stopping or progress.step == cadence.end
+        if ending or _due(progress.step, cadence.checkpoint_every) or timer.due():
             hooks.save(progress)
-        if stop.requested is not None:
-            return
-        if progress.step < cadence.total and _due(progress.step, cadence.eval_every):
+            timer.reset()
+        if not ending and _due(progress.step, cadence.eval_every):
             hooks.evaluate(progress)
+    hooks.finish()
+    return stopping and progress.step < cadence.end
+
+
+def _must_rewind(guard: Guard, metrics: StepMetrics, progress: Progress, hooks: Hooks) -> bool:
+    try:
+        return guard.must_rewind(metrics)
+    except TrainingError as error:
+        hooks.finish()
+        raise TrainingError(f"step {progress.step + 1}: {error}") from error
 
 
 def _due(step: int, every: int) -> bool:
@@ -106,8 +160,7 @@ def _advance(progress: Progress, metrics: StepMetrics) -> None:
         progress.last_loss = metrics.loss
 
 
-def _record(progress: Progress, metrics: StepMetrics, lr: float, clock: _Clock) -> Record:
-    rate, eta = clock.rates(progress.step, progress.tokens)
+def _record(progress: Progress, metrics: StepMetrics, lr: float, pace: Pace, total: int) -> Record:
     return {
         "event": "step",
         "step": progress.step,
@@ -117,26 +170,6 @@ def _record(progress: Progress, metrics: StepMetrics, lr: float, clock: _Clock) 
         "tokens": progress.tokens,
         "supervised_tokens": metrics.supervised_tokens,
         "skipped": metrics.skipped,
-        "tokens_per_second": round(rate, 1),
-        "eta_seconds": round(eta, 1),
+        "memory_bytes": metrics.peak_memory_bytes,
+        **pace.figures(total - progress.step),
     }
-
-
-class _Clock:
-    """Speed since the last report, and time left at the mean speed since the start."""
-
-    def __init__(self, first_step: int, total: int) -> None:
-        self._first, self._total = first_step, total
-        self._started = self._before = perf_counter()
-        self._tokens: int | None = None
-        self._rate = 0.0
-
-    def rates(self, step: int, tokens: int) -> tuple[float, float]:
-        """Tokens per second and seconds left."""
-        now = perf_counter()
-        if self._tokens is not None and now > self._before:
-            current = (tokens - self._tokens) / (now - self._before)
-            self._rate = current if self._rate == 0 else 0.9 * self._rate + 0.1 * current
-        self._tokens, self._before = tokens, now
-        per_step = (now - self._started) / max(1, step - self._first)
-        return self._rate, per_step * (self._total - step)

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: ``metrics.jsonl`` always, a screen if there is one.
 
-A record is a flat JSON object with ``event`` (``step`` or ``eval``) and ``step``.
+A record is a flat JSON object with ``event`` (``step``, ``eval`` or ``rewind``) and ``step``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class JsonlSink:
         write_text_atomically(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: Record) -> None:
-        """Append one line; NaN and infinity become null."""
+        """Append one line; NaN and infinity become null. A rewind drops what will be done anew."""
+        if record["event"] == "rewind":
+            self.keep_upto(record["step"] - 1)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, LoRAPlan, TrainPlan
-from qwen2kit.backend.protocol import Backend, TrainableModel
+from qwen2kit.backend.processes import Processes, SingleProcess
+from qwen2kit.backend.protocol import Backend, DistributedBackend, TrainableModel
 from qwen2kit.backend.registry import get
 from qwen2kit.config.data_tree import EmbeddedData
 from qwen2kit.config.tree import ModelConfig, RunConfig
@@ -51,7 +53,7 @@ def build_origin(config: RunConfig) -> Origin:
         assert model.preset is not None
         spec = apply_overrides(preset(model.preset), model)
         origin = Origin(spec, _tokenizer(config, spec))
-    check_limits(config, origin.spec, origin.tokenizer)
+    check_vocabulary(origin.spec, origin.tokenizer)
     return origin
 
 
@@ -73,13 +75,8 @@ def apply_overrides(spec: ModelSpec, model: ModelConfig) -> ModelSpec:
     return replace(spec, **changes)  # type: ignore[arg-type]
 
 
-def check_limits(config: RunConfig, spec: ModelSpec, tokenizer: Tokenizer) -> None:
-    """Raise ConfigError if the rows or the vocabulary exceed what the model has."""
-    if config.seq_len > spec.max_position_embeddings:
-        raise ConfigError(
-            f"seq_len={config.seq_len} exceeds the model's max_position_embeddings="
-            f"{spec.max_position_embeddings}; lower seq_len or raise model.max_position_embeddings"
-        )
+def check_vocabulary(spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if the tokenizer has more ids than the model."""
     if tokenizer.vocab_size > spec.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is "
@@ -116,21 +113,44 @@ def training_backend(config: RunConfig) -> Backend:
     return backend
 
 
-def build_model(config: RunConfig, spec: ModelSpec) -> tuple[Backend, TrainableModel]:
-    """Compile ``spec`` for training on the recipe's backend.
+def join(backend: Backend, config: RunConfig) -> Processes:
+    """The processes of this run: those the launcher started, or this one alone.
 
     Raises:
-        BackendError: it is unknown or cannot train this model here.
+        BackendError: several were started and the backend cannot use them, or they do not find
+            each other.
     """
-    backend = training_backend(config)
-    model = backend.compile(spec, execution_plan(config))
+    if isinstance(backend, DistributedBackend) and backend.capabilities().distributed:
+        return backend.processes(execution_plan(config))
+    started = os.environ.get("WORLD_SIZE", "1")
+    if started != "1":
+        raise BackendError(
+            f"{started} processes were started, but backend {backend.name!r} trains in one"
+        )
+    return SingleProcess()
+
+
+def compile_model(
+    backend: Backend, config: RunConfig, spec: ModelSpec, world: int
+) -> TrainableModel:
+    """``spec`` compiled for training on ``world`` processes.
+
+    Raises:
+        BackendError: the backend cannot train this model here.
+    """
+    model = backend.compile(spec, execution_plan(config, degrees(config, world)))
     if not isinstance(model, TrainableModel):
         raise BackendError(f"backend {backend.name!r} did not return a trainable model")
-    return backend, model
+    return model
 
 
-def execution_plan(config: RunConfig) -> ExecutionPlan:
-    """What the backend is told of the recipe."""
+def degrees(config: RunConfig, world: int) -> Degrees:
+    """The recipe's mesh on ``world`` processes. Raises ConfigError if they do not fit."""
+    return Degrees(**asdict(config.parallel)).fill(world)
+
+
+def execution_plan(config: RunConfig, parallel: Degrees | None = None) -> ExecutionPlan:
+    """What the backend is told of the recipe; steps that are not finite are judged by core."""
     train, optimizer = config.train, config.train.optimizer
     return ExecutionPlan(
         device=config.device,
@@ -145,8 +165,8 @@ def execution_plan(config: RunConfig) -> ExecutionPlan:
             ),
             micro_batch_rows=train.micro_batch_rows,
             loss_chunk_tokens=train.loss_chunk_tokens,
-            non_finite=train.non_finite,
-            parallel=Degrees(**asdict(config.parallel)),
+            non_finite="skip",
+            parallel=parallel or Degrees(),
             recompute=train.recompute,
             compile=train.compile,
             float8=train.float8,

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a polite request: finish the step, save, stop."""
+"""SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) as a polite request: save after this step, stop."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
 
 class StopRequest:
-    """While entered, the first SIGINT or SIGTERM sets `requested`; a second SIGINT interrupts.
+    """While entered, the first of these signals sets `requested`; a second SIGINT interrupts.
 
     Outside the main thread, where handlers cannot be installed, it never triggers.
     """
@@ -18,7 +20,7 @@ class StopRequest:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, self._handle)
             except ValueError:

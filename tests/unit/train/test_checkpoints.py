@@ -1,25 +1,41 @@
-"""Checkpoints: atomic, checked, pruned; damage and full disks."""
+"""Checkpoints: atomic, checked, pruned, written by many in the background; damage, full disks."""
 
 from __future__ import annotations
 
 import errno
 import json
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from qwen2kit.errors import TrainingError, WeightError
+from qwen2kit.backend.protocol import Saved, Saving
+from qwen2kit.errors import PeerError, TrainingError, WeightError
 from qwen2kit.train.checkpoints import CheckpointStore
+from tests.unit.train.thread_team import Member, play
+
+NO_READ: Callable[..., None] = lambda path, state: None  # noqa: E731
 
 
-def writer(text: str):  # type: ignore[no-untyped-def]
-    return lambda directory: (directory / "model.bin").write_text(text)
+def writer(text: str) -> Callable[[Path], Saving]:
+    def write(directory: Path) -> Saved:
+        (directory / "model.bin").write_text(text)
+        return Saved(("model.bin",))
+
+    return write
+
+
+def save(store: CheckpointStore, step: int, value: int, write: Callable[[Path], Saving]) -> Path:
+    store.begin(step, {"value": value}, write)
+    store.finish()
+    return store.directory / f"step-{step:08d}"
 
 
 def saved(tmp_path: Path, count: int = 3, keep: int = 2) -> CheckpointStore:
     store = CheckpointStore(tmp_path / "checkpoints", keep)
     for step in range(1, count + 1):
-        store.save(step * 10, {"value": step}, writer(f"weights {step}"))
+        save(store, step * 10, step, writer(f"weights {step}"))
     return store
 
 
@@ -27,7 +43,7 @@ def test_newest_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     store = saved(tmp_path)
     assert [path.name for path in store.paths()] == ["step-00000020", "step-00000030"]
     read: list[str] = []
-    restored = store.restore(lambda d: read.append((d / "model.bin").read_text()))
+    restored = store.restore(lambda d, state: read.append((d / "model.bin").read_text()))
     assert restored is not None
     assert read == ["weights 3"]
     assert (restored.state["step"], restored.state["value"]) == (30, 3)
@@ -36,13 +52,17 @@ def test_newest_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
 
 
 def test_nothing_saved_is_none(tmp_path: Path) -> None:
-    assert CheckpointStore(tmp_path / "absent", 2).restore(lambda d: None) is None
+    assert CheckpointStore(tmp_path / "absent", 2).restore(NO_READ) is None
 
 
 def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(bytes(data))
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize(
@@ -54,15 +74,15 @@ def flip(path: Path) -> None:
         lambda d: (d / "state.json").unlink(),
         lambda d: (d / "state.json").write_text('{"step": 30'),
         lambda d: (d / "state.json").write_text("[]"),
-        lambda d: (d / "state.json").write_text(
-            json.dumps({"schema_version": 99, "step": 30, "files": {}})
-        ),
+        lambda d: edit(d / "state.json", step=31),
+        lambda d: (d / "files-00000.json").unlink(),
+        lambda d: edit(d / "files-00000.json", absent="crc32:00000000"),
     ],
 )
 def test_a_damaged_newest_falls_back_with_a_warning(damage, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     store = saved(tmp_path)
     damage(store.paths()[-1])
-    restored = store.restore(lambda d: None)
+    restored = store.restore(NO_READ)
     assert restored is not None
     assert restored.state["step"] == 20
     assert len(restored.warnings) == 1
@@ -72,7 +92,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(damage, tmp_path: Path) -> N
 def test_a_backend_that_refuses_the_newest_falls_back_too(tmp_path: Path) -> None:
     store = saved(tmp_path)
 
-    def read(directory: Path) -> None:
+    def read(directory: Path, state: object) -> None:
         if directory.name.endswith("30"):
             raise WeightError("of another model")
 
@@ -85,16 +105,28 @@ def test_a_backend_that_refuses_the_newest_falls_back_too(tmp_path: Path) -> Non
         store.restore(read)
 
 
+def test_another_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    store = saved(tmp_path)
+    edit(store.paths()[-1] / "state.json", schema_version=1)
+    with pytest.raises(TrainingError, match=r"another version .* \(schema 1, this one reads 2\)"):
+        store.restore(NO_READ)
+
+
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES])
-def test_a_failed_save_leaves_the_previous_ones(reason: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_failed_save_leaves_the_previous_ones(reason: int, late: bool, tmp_path: Path) -> None:
     store = saved(tmp_path)
 
-    def full(directory: Path) -> None:
+    class Broken(Saved):
+        def wait(self) -> tuple[str, ...]:
+            raise OSError(reason, "no luck")
+
+    def full(directory: Path) -> Saving:
         (directory / "model.bin").write_text("half")
-        raise OSError(reason, "no luck")
+        return Broken(()) if late else Saved(Broken(()).wait())
 
     with pytest.raises(TrainingError) as caught:
-        store.save(40, {}, full)
+        save(store, 40, 4, full)
     message = str(caught.value)
     assert "step 40" in message
     assert "step-00000030 is intact" in message
@@ -106,17 +138,130 @@ def test_a_failed_save_leaves_the_previous_ones(reason: int, tmp_path: Path) -> 
 
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     store = saved(tmp_path)
-    store.save(30, {"value": 9}, writer("again"))
-    restored = store.restore(lambda d: None)
+    save(store, 30, 9, writer("again"))
+    restored = store.restore(NO_READ)
     assert restored is not None
     assert restored.state["value"] == 9
 
 
-def test_a_partial_directory_of_a_crash_is_ignored_and_replaced(tmp_path: Path) -> None:
+def test_a_partial_directory_of_a_crash_is_ignored_and_swept(tmp_path: Path) -> None:
     store = saved(tmp_path)
-    partial = store.directory / ".step-00000040.partial"
-    partial.mkdir()
-    (partial / "junk").write_text("x")
+    for step in (35, 40):
+        partial = store.directory / f".step-{step:08d}.partial"
+        partial.mkdir()
+        (partial / "junk").write_text("x")
     assert len(store.paths()) == 2
-    final = store.save(40, {}, writer("w"))
-    assert sorted(path.name for path in final.iterdir()) == ["model.bin", "state.json"]
+    final = save(store, 40, 4, writer("w"))
+    names = sorted(path.name for path in final.iterdir())
+    assert names == ["files-00000.json", "model.bin", "state.json"]
+    assert not list(store.directory.glob(".*"))
+
+
+def test_a_damaged_newer_one_does_not_push_out_intact_ones(tmp_path: Path) -> None:
+    store = saved(tmp_path)
+    flip(store.paths()[-1] / "model.bin")
+    save(store, 25, 5, writer("w"))
+    names = [path.name for path in store.paths()]
+    assert names == ["step-00000020", "step-00000025", "step-00000030"]
+
+
+class Slow:
+    """A save that ends when it is told to."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.path, self.ready = directory / name, threading.Event()
+
+    def done(self) -> bool:
+        return self.ready.is_set()
+
+    def wait(self) -> tuple[str, ...]:
+        self.ready.wait(20)
+        self.path.write_text("late")
+        return (self.path.name,)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, 2)
+    slow: list[Slow] = []
+
+    def write(directory: Path) -> Slow:
+        slow.append(Slow(directory, "model.bin"))
+        return slow[0]
+
+    store.begin(1, {"value": 1}, write)
+    assert (store.saving, store.busy, store.paths()) == (True, True, [])
+    slow[0].ready.set()
+    store.begin(2, {"value": 2}, writer("two"))  # waits for the first
+    assert [path.name for path in store.paths()] == ["step-00000001"]
+    assert (store.paths()[0] / "model.bin").read_text() == "late"
+    store.finish()
+    assert (store.saving, store.busy, len(store.paths())) == (False, False, 2)
+
+
+def shard_writer(member: Member) -> Callable[[Path], Saving]:
+    def write(directory: Path) -> Saved:
+        name = f"shard-{member.rank}.bin"
+        (directory / name).write_text(f"{member.rank}" * 100)
+        return Saved((name,))
+
+    return write
+
+
+def test_many_processes_write_one_checkpoint(tmp_path: Path) -> None:
+    def part(member: Member) -> list[str]:
+        store = CheckpointStore(tmp_path, 1, member)
+        for step in (1, 2):
+            save(store, step, step, shard_writer(member))
+        return [path.name for path in store.paths()]
+
+    assert play(3, part) == [["step-00000002"]] * 3
+    assert sorted(path.name for path in (tmp_path / "step-00000002").iterdir()) == [
+        *(f"files-0000{rank}.json" for rank in range(3)),
+        *(f"shard-{rank}.bin" for rank in range(3)),
+        "state.json",
+    ]
+    for world in (1, 2, 5):  # any number may read it
+
+        def read(member: Member) -> int:
+            restored = CheckpointStore(tmp_path, 1, member).restore(NO_READ)
+            assert restored is not None
+            return int(restored.state["value"])
+
+        assert play(world, read) == [2] * world
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_all_agree_on_the_checkpoint_to_restore(rank: int, tmp_path: Path) -> None:
+    def write(member: Member) -> None:
+        for step in (1, 2):
+            save(CheckpointStore(tmp_path, 2, member), step, step, shard_writer(member))
+
+    play(3, write)
+    flip(tmp_path / "step-00000002" / f"shard-{rank}.bin")
+
+    def read(member: Member) -> tuple[int, int]:
+        restored = CheckpointStore(tmp_path, 2, member).restore(NO_READ)
+        assert restored is not None
+        return restored.state["step"], len(restored.warnings)
+
+    assert play(3, read) == [(1, 1)] * 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_on_one_stops_all_and_leaves_nothing(rank: int, tmp_path: Path) -> None:
+    def part(member: Member) -> None:
+        store = CheckpointStore(tmp_path, 2, member)
+        save(store, 1, 1, shard_writer(member))
+
+        def full(directory: Path) -> Saving:
+            if member.rank == rank:
+                raise OSError(errno.ENOSPC, "no luck")
+            return shard_writer(member)(directory)
+
+        save(store, 2, 2, full)
+
+    outcome = play(2, part)
+    assert type(outcome[1 - rank]) is PeerError
+    assert type(outcome[rank]) is TrainingError
+    assert "no space left on the disk; step-00000001 is intact" in str(outcome[rank])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]

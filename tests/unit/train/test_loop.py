@@ -5,42 +5,72 @@ from __future__ import annotations
 import json
 import os
 import signal
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qwen2kit.backend.protocol import StepMetrics
-from qwen2kit.data.corpus import collect
-from qwen2kit.data.loader import Loader
-from qwen2kit.data.row_source import PlannedRows, RowLayout, TableSource
+from qwen2kit.config.train_tree import RewindSpikes, SkipSpikes, TrainConfig
 from qwen2kit.errors import TrainingError
 from qwen2kit.train.curve import plot_loss, sparkline
+from qwen2kit.train.guard import Guard
 from qwen2kit.train.loop import Cadence, Progress, run_loop
 from qwen2kit.train.metrics import JsonlSink, Sinks, read_records
+from qwen2kit.train.pace import Pace
 from qwen2kit.train.signals import StopRequest
 
 
 class Script:
-    """Plays model, hooks and sink, and writes down what it is asked."""
+    """Plays model, loader, hooks and sink, and writes down what it is asked.
 
-    def __init__(self, stop: StopRequest | None = None, fail_at: int = -1) -> None:
+    Args:
+        losses: of the steps, by the number of the batch; ``1 / number`` for the others.
+    """
+
+    def __init__(
+        self,
+        stop: StopRequest | None = None,
+        fail_at: int = -1,
+        losses: dict[int, float] | None = None,
+    ) -> None:
         self.calls: list[str] = []
         self.records: list[dict[str, Any]] = []
         self.rates: list[float] = []
         self.stop, self.fail_at = stop, fail_at
+        self.losses = losses or {}
+        self.saved = 0
 
-    def train_step(self, batch: Any, lr: float, *, max_loss: float = inf) -> StepMetrics:
+    def next_batch(self) -> int:
+        return len(self.rates) + 1
+
+    def train_step(self, batch: int, lr: float, *, max_loss: float = inf) -> StepMetrics:
         self.rates.append(lr)
-        step = len(self.rates)
-        if step == self.fail_at:
-            raise TrainingError("loss is nan")
-        self.calls.append(f"step {step}")
-        return StepMetrics(loss=1 / step, grad_norm=1, tokens=5, supervised_tokens=3)
+        if batch == self.fail_at:
+            raise TrainingError("out of memory")
+        self.calls.append(f"step {batch}")
+        loss = self.losses.get(batch, 1 / batch)
+        return StepMetrics(
+            loss=loss, grad_norm=1, tokens=5, supervised_tokens=3, skipped=not loss <= max_loss
+        )
+
+    def starting(self, step: int) -> None:
+        pass
+
+    def attend(self, stop_requested: bool) -> bool:
+        return stop_requested
 
     def save(self, progress: Progress) -> None:
         self.calls.append(f"save {progress.step}")
+        self.saved = progress.step
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def rewind(self, progress: Progress, loss: float) -> None:
+        self.calls.append(f"rewind {progress.step + 1}")
+        progress.step = self.saved
 
     def evaluate(self, progress: Progress) -> None:
         self.calls.append(f"eval {progress.step}")
@@ -51,20 +81,25 @@ class Script:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def play(script: Script, cadence: Cadence, stop: StopRequest, step: int = 0) -> Progress:
+def play(
+    script: Script,
+    cadence: Cadence,
+    stop: StopRequest | None = None,
+    step: int = 0,
+    train: TrainConfig | None = None,
+) -> Progress:
     progress = Progress(step=step)
-    corpus = collect([([1, 2, 3], [True] * 3)])
-    rows = PlannedRows(corpus, RowLayout(seq_len=4, seed=0, pad_id=0))
-    loader = Loader(TableSource(rows), batch_rows=1)
     run_loop(
         script,  # type: ignore[arg-type]
-        loader,
+        script,  # type: ignore[arg-type]
         cadence,
         lambda index: index / 10,
         progress=progress,
+        guard=Guard(train or TrainConfig(steps=9)),
         hooks=script,
         sink=script,
-        stop=stop,
+        stop=stop or StopRequest(),
+        pace=Pace(),
     )
     return progress
 
@@ -72,10 +107,10 @@ def play(script: Script, cadence: Cadence, stop: StopRequest, step: int = 0) -> 
 def test_checkpoints_come_before_evaluations_and_at_the_end() -> None:
     script = Script()
     cadence = Cadence(total=5, log_every=2, checkpoint_every=2, eval_every=2)
-    progress = play(script, cadence, StopRequest())
+    progress = play(script, cadence)
     assert script.calls == [
         "step 1", "step 2", "save 2", "eval 2", "step 3", "step 4", "save 4", "eval 4",
-        "step 5", "save 5",
+        "step 5", "save 5", "finish",
     ]  # fmt: skip
     assert [record["step"] for record in script.records] == [2, 4, 5]
     assert script.rates == [0.0, 0.1, 0.2, 0.3, 0.4]
@@ -84,9 +119,17 @@ def test_checkpoints_come_before_evaluations_and_at_the_end() -> None:
 
 def test_continuing_uses_the_schedule_of_the_whole_run() -> None:
     script = Script()
-    play(script, Cadence(total=5), StopRequest(), step=3)
+    play(script, Cadence(total=5), step=3)
     assert script.rates == [0.3, 0.4]
-    assert script.calls == ["step 1", "step 2", "save 5"]
+    assert script.calls == ["step 1", "step 2", "save 5", "finish"]
+
+
+def test_a_phase_ends_with_a_checkpoint_and_its_records_look_ahead() -> None:
+    script = Script()
+    progress = play(script, Cadence(total=9, last=2, log_every=2, eval_every=2))
+    assert script.calls == ["step 1", "step 2", "save 2", "finish"]
+    assert progress.step == 2
+    assert script.records[-1]["eta_seconds"] >= 3 * script.records[-1]["seconds"] - 0.1
 
 
 def test_a_signal_finishes_the_step_saves_and_stops() -> None:
@@ -95,7 +138,7 @@ def test_a_signal_finishes_the_step_saves_and_stops() -> None:
         progress = play(script, Cadence(total=9, eval_every=1), stop)
     assert stop.requested == "SIGTERM"
     assert progress.step == 3
-    assert script.calls[-1] == "save 3"
+    assert script.calls[-2:] == ["save 3", "finish"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
@@ -108,8 +151,44 @@ def test_second_interrupt_interrupts_at_once() -> None:
 
 
 def test_an_error_names_the_step() -> None:
-    with pytest.raises(TrainingError, match="step 3: loss is nan"):
-        play(Script(fail_at=3), Cadence(total=5), StopRequest())
+    with pytest.raises(TrainingError, match="step 3: out of memory"):
+        play(Script(fail_at=3), Cadence(total=5))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_after_its_checkpoint_is_complete() -> None:
+    script = Script(losses={3: nan})
+    with pytest.raises(TrainingError, match=r"step 3: loss is nan .* train.non_finite=skip"):
+        play(script, Cadence(total=5, checkpoint_every=2))
+    assert script.calls[-2:] == ["step 3", "finish"]
+    script = Script(losses={3: nan})
+    progress = play(script, Cadence(total=5), train=TrainConfig(steps=5, non_finite="skip"))
+    assert (progress.step, progress.skipped) == (5, 1)
+    endless = Script(losses=dict.fromkeys(range(2, 99), nan))
+    train = TrainConfig(steps=5, non_finite="skip", max_skipped=2)
+    with pytest.raises(TrainingError, match="step 4: 3 steps in a row were skipped"):
+        play(endless, Cadence(total=5), train=train)
+
+
+def test_a_spike_is_skipped() -> None:
+    script = Script(losses={7: 100.0})
+    spike = SkipSpikes(window=4, factor=8.0)
+    progress = play(script, Cadence(total=9), train=TrainConfig(steps=9, spike=spike))
+    assert (progress.step, progress.skipped) == (9, 1)
+    assert [record["skipped"] for record in script.records].index(True) == 6
+
+
+def test_a_spike_rewinds_to_the_checkpoint_and_not_for_ever() -> None:
+    train = TrainConfig(steps=9, spike=RewindSpikes(window=4, factor=8.0, max_rewinds=2))
+    script = Script(losses={7: 100.0, 8: inf})
+    progress = play(script, Cadence(total=9, checkpoint_every=2), train=train)
+    assert progress.step == 9
+    assert [call for call in script.calls if call.startswith(("save", "rewind"))] == [
+        "save 2", "save 4", "save 6", "rewind 7", "rewind 7", "save 8", "save 9",
+    ]  # fmt: skip
+    assert script.rates[6:9] == [0.6, 0.6, 0.6]  # the schedule goes back too
+    endless = Script(losses=dict.fromkeys(range(7, 99), 100.0))
+    with pytest.raises(TrainingError, match=r"step 7: loss is 100.0000 .*max_rewinds=2 is used up"):
+        play(endless, Cadence(total=9, checkpoint_every=2), train=train)
 
 
 def test_jsonl_survives_nan_crashes_and_resume(tmp_path: Path) -> None:
@@ -129,6 +208,17 @@ def test_jsonl_survives_nan_crashes_and_resume(tmp_path: Path) -> None:
     path.write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(TrainingError, match="line 1 is not JSON"):
         list(read_records(path))
+
+
+def test_a_rewind_drops_the_records_it_makes_void(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    for step in range(1, 6):
+        sink.write({"event": "step", "step": step})
+    sink.write({"event": "rewind", "step": 3, "from_step": 6})
+    sink.write({"event": "step", "step": 3})
+    records = [(r["event"], r["step"]) for r in read_records(path)]
+    assert records == [("step", 1), ("step", 2), ("rewind", 3), ("step", 3)]
 
 
 def test_sparkline_and_plot(tmp_path: Path) -> None:

@@ -1,0 +1,272 @@
+"""Carries one run through its phases and keeps its directory up to date."""
+
+from __future__ import annotations
+
+import gc
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from qwen2kit.backend.processes import Processes
+from qwen2kit.config.freeze import freeze
+from qwen2kit.config.train_tree import RewindSpikes
+from qwen2kit.config.tree import RunConfig
+from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError
+from qwen2kit.spec.counts import train_flops_per_token
+from qwen2kit.train.agreement import numbered, together
+from qwen2kit.train.checkpoints import CheckpointStore
+from qwen2kit.train.curve import plot_loss
+from qwen2kit.train.evaluate import Evaluator
+from qwen2kit.train.export import export_model
+from qwen2kit.train.live import LiveTable
+from qwen2kit.train.metrics import JsonlSink, Sinks, read_records
+from qwen2kit.train.pace import Pace
+from qwen2kit.train.phases import Phase, following, phases
+from qwen2kit.train.run_dir import (
+    CHECKPOINT_DIR,
+    CURVE_FILE,
+    INITIAL_DIR,
+    METRICS_FILE,
+    MODEL_DIR,
+    RunResult,
+    read_run,
+    write_run,
+)
+from qwen2kit.train.session import Session
+from qwen2kit.train.setup import (
+    Origin,
+    build_data,
+    compile_model,
+    initial_checkpoint,
+    total_steps,
+    training_backend,
+)
+from qwen2kit.train.signals import StopRequest
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_REPORT_SECONDS = 3.0
+
+
+class Runner:
+    """One call of a run, on one of its processes.
+
+    Args:
+        console: where progress is shown; None is silent (and on all processes but the first).
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        origin: Origin,
+        processes: Processes,
+        console: Console | None,
+    ) -> None:
+        self._config = config
+        self._run_dir = run_dir
+        self._origin = origin
+        self._processes = processes
+        self._console = console
+        self._first = processes.rank == 0
+        self._started = perf_counter()
+        self._backend = training_backend(config)
+        self._phases = phases(config, origin.spec, processes.world)
+        self._store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep, processes)
+        self._provenance = freeze(config, self._backend.versions())
+        self._jsonl = JsonlSink(run_dir / METRICS_FILE)
+        self._screen: LiveTable | None = None
+        self._session: Session | None = None
+
+    def run(self, *, resuming: bool) -> RunResult:
+        """Train, evaluate, export; or stop at a signal.
+
+        Raises:
+            Qwen2KitError: what went wrong, which ``run.json`` then says too.
+            PeerError: another process reports the failure.
+        """
+        try:
+            self._write("running")
+            stopped = self._train(resuming)
+            result = self._conclude(stopped)
+        except Qwen2KitError as error:
+            if self._must_report(error):
+                raise
+            raise PeerError(str(error)) from error
+        self._processes.close()
+        return result
+
+    def _train(self, resuming: bool) -> str | None:
+        """All phases; the name of the signal that ended them, if one did."""
+        with ExitStack() as stack:
+            self._open(resuming)
+            if self._screen is not None:
+                stack.enter_context(self._screen)
+            while True:
+                with StopRequest() as stop:
+                    stopped = self.session.train(stop)
+                if stopped:
+                    return stop.requested or "SIGTERM"
+                if self.session.finished:
+                    return None
+                self._open(resuming=True)
+
+    @property
+    def session(self) -> Session:
+        """The phase at hand."""
+        assert self._session is not None
+        return self._session
+
+    def _open(self, resuming: bool) -> None:
+        """Enter the next phase: of the newest checkpoint if ``resuming``, else the first."""
+        going_on = self._session is not None
+        restored = self._store.restore(self._read) if resuming else None
+        if restored is None:
+            self._enter(self._phases[0])
+            self._keep_records(-1)
+            self._begin()
+            return
+        for warning in restored.warnings:
+            self._note(f"warning: {warning}")
+        self.session.adopt(restored.state)
+        step = self.session.progress.step
+        if going_on:
+            self._note(f"step {step}: rows of {self.session.phase.config.seq_len} tokens from now")
+        else:
+            self._keep_records(step)
+            self._note(f"resuming after step {step} of {self.session.total} ({restored.path.name})")
+
+    def _read(self, path: Path, state: dict[str, Any]) -> None:
+        session = self._enter(following(self._phases, state["step"]))
+        if self._config.adapter is not None:
+            session.begin(initial_checkpoint(self._config.model))
+        session.model.restore_state(path)
+
+    def _begin(self) -> None:
+        session = self.session
+        session.begin(initial_checkpoint(self._config.model))
+        if self._config.checkpoint.initial:
+            self._export(INITIAL_DIR)
+        session.evaluate(session.progress)
+        if isinstance(self._config.train.spike, RewindSpikes):
+            session.save(session.progress)
+            session.finish()
+
+    def _enter(self, phase: Phase) -> Session:
+        if self._session is not None and self._session.phase.number == phase.number:
+            return self._session
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+            gc.collect()  # the old model's memory, before the new one is compiled
+        config = phase.config
+        model = compile_model(self._backend, config, phase.spec, self._processes.world)
+        tokenizer, shard = self._origin.tokenizer, model.data_shard
+        data = together(self._processes, lambda: build_data(config, tokenizer, self._note, shard))
+        total = total_steps(self._config, data.train)
+        if self._screen is None and self._console is not None:
+            self._screen = LiveTable(self._console, total, config.name)
+        self._session = Session(
+            phase,
+            total,
+            model=model,
+            data=data,
+            evaluator=Evaluator(config, tokenizer, data.held_out),
+            store=self._store,
+            processes=self._processes,
+            sink=self._sink(),
+            pace=self._pace(phase),
+        )
+        return self._session
+
+    def _sink(self) -> Sinks:
+        if not self._first:
+            return Sinks([])
+        return Sinks([self._jsonl] if self._screen is None else [self._jsonl, self._screen])
+
+    def _pace(self, phase: Phase) -> Pace:
+        peak = None
+        return Pace(train_flops_per_token(phase.spec, phase.config.seq_len), peak)
+
+    def _conclude(self, stopped: str | None) -> RunResult:
+        session, config = self.session, self._config
+        if session.finished:
+            session.evaluate(session.progress)
+            self._export(MODEL_DIR)
+        session.close()
+        result = self._result(stopped)
+        if self._first and config.logging.plot:
+            records = [*read_records(self._run_dir / METRICS_FILE)]
+            plot_loss(self._run_dir / CURVE_FILE, records, config.name)
+        values = result.to_json()
+        self._write(values.pop("status"), **values)
+        return result
+
+    def _result(self, stopped: str | None) -> RunResult:
+        session = self.session
+        progress, finished = session.progress, session.finished
+        return RunResult(
+            run_dir=self._run_dir,
+            status="finished" if finished else "stopped",
+            signal=None if finished else stopped,
+            step=progress.step,
+            total_steps=session.total,
+            tokens=progress.tokens,
+            skipped=progress.skipped,
+            rewinds=session.guard.rewinds,
+            loss=progress.last_loss,
+            before=session.held.before,
+            after=session.held.latest if finished else {},
+            seconds=round(perf_counter() - self._started, 3),
+            reports=self._first,
+        )
+
+    def _export(self, name: str) -> None:
+        export_model(
+            self.session.model,
+            self._origin.tokenizer,
+            self._run_dir / name,
+            dtype=self._config.export_dtype,
+            chat=self._config.task == "sft",
+            processes=self._processes,
+        )
+
+    def _keep_records(self, step: int) -> None:
+        if self._first:
+            self._jsonl.keep_upto(step)
+
+    def _write(self, status: str, **values: Any) -> None:
+        if self._first:
+            write_run(self._run_dir, status, self._provenance, **values)
+
+    def _note(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def _must_report(self, error: Qwen2KitError) -> bool:
+        """Whether this process is the one that has to say what went wrong."""
+        if isinstance(error, PeerError):
+            return False
+        if self._first:
+            with suppress(OSError):  # the disk may be full, which is then the error to report
+                self._write("failed", error=str(error))
+            return True
+        if self._is_said(str(error)):
+            return False
+        numbered(self._processes, error)
+        return True
+
+    def _is_said(self, message: str) -> bool:
+        """Whether process 0 fails for the same reason, as it does where all see the same figures or
+        files; asked of ``run.json``, because a failing run cannot rely on its connections."""
+        deadline = perf_counter() + _REPORT_SECONDS
+        while perf_counter() < deadline:
+            with suppress(ConfigError):
+                run = read_run(self._run_dir)
+                if run["status"] == "failed" and run.get("error") == message:
+                    return True
+            time.sleep(0.1)
+        return False
