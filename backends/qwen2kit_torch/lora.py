@@ -27,6 +27,7 @@ from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.lora_nf4 import dequantize, nf4_linear, packed_sizes, quantize
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.train.init import parameter_stream
+from qwen2kit_torch.train.parameters import whole
 from qwen2kit_torch.weights import as_host, as_tensor
 
 
@@ -78,10 +79,10 @@ class FrozenLinear(Linear):
         """Nothing: training goes on with the plain weight."""
 
     def dense_weight(self) -> Tensor:
-        """The matrix ``[outputs, inputs]`` in ``dtype``."""
+        """The matrix ``[outputs, inputs]`` in ``dtype``; collective where it is sharded."""
         if self.nf4:
-            return dequantize(self.weight, self.absmax, self.shape, self.dtype)
-        return self.weight.detach()
+            return dequantize(whole(self.weight), whole(self.absmax), self.shape, self.dtype)
+        return whole(self.weight)
 
 
 class LoRALinear(FrozenLinear):
@@ -110,8 +111,8 @@ class LoRALinear(FrozenLinear):
         return out + update * self.scale
 
     def dense_weight(self) -> Tensor:
-        """The merged matrix ``[outputs, inputs]``, float32."""
-        update = self.lora_B.weight.detach() @ self.lora_A.weight.detach()
+        """The merged matrix ``[outputs, inputs]``, float32; collective where it is sharded."""
+        update = whole(self.lora_B.weight) @ whole(self.lora_A.weight)
         return super().dense_weight().float() + update * self.scale
 
 
@@ -218,10 +219,25 @@ def load_factors(module: Qwen2, factors: Iterator[tuple[str, Tensor]]) -> None:
 
 
 def export_factors(module: nn.Module) -> Iterator[tuple[str, HostTensor]]:
-    """All adapter parameters, float32, in model order."""
+    """All adapter parameters, float32, in model order; collective where they are sharded."""
     for path, layer in _adapted(module):
         for name, factor in zip(factor_names(path), (layer.lora_A, layer.lora_B), strict=True):
-            yield name, as_host(factor.weight.detach())
+            yield name, as_host(whole(factor.weight))
+
+
+def export_merged(module: Qwen2) -> Iterator[tuple[str, HostTensor]]:
+    """All schema parameters with the adapters merged in, in schema order.
+
+    Adapted matrices are float32, the others as stored (NF4 dequantised to the compute dtype).
+    Collective where parameters are sharded.
+    """
+    for param in schema(module.spec):
+        path, _, leaf = param.name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf == "weight" and isinstance(owner, FrozenLinear):
+            yield param.name, as_host(owner.dense_weight())
+        else:
+            yield param.name, as_host(whole(getattr(owner, leaf)))
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """What a backend must provide. The seam is the whole model: core never sees an op or a module.
 
 Required: `Backend` and `CompiledModel`. Optional powers are separate protocols that
-`Capabilities` announces: `TrainableModel` and `DistributedBackend`. Third parties register under
-the entry-point group ``qwen2kit.backends`` and run `qwen2kit.backend.conformance` against their
-own package.
+`Capabilities` announces: `TrainableModel` (with adapters: `AdapterModel`) and
+`DistributedBackend`. Third parties register under the entry-point group ``qwen2kit.backends`` and
+run `qwen2kit.backend.conformance` against their own package.
 """
 
 from __future__ import annotations
@@ -264,6 +264,20 @@ class TrainableModel(CompiledModel, Protocol):
 
         Raises WeightError if files are missing, truncated or of another model.
         """
+        ...
+
+
+@runtime_checkable
+class AdapterModel(TrainableModel, Protocol):
+    """A model that trains LoRA adapters (``plan.train.adapter``).
+
+    `load` takes the frozen weights and starts the adapter anew; `save_state` writes the adapter
+    alone; `export` gives the merged weights.
+    """
+
+    def export_adapter(self) -> Iterator[tuple[str, HostTensor]]:
+        """A ``[rank, in]`` and B ``[out, rank]`` of every adapted matrix, float32, under the names
+        of `qwen2kit.adapters.lora.factor_names`; collective."""
         ...
 
 

@@ -38,7 +38,7 @@ from qwen2kit.spec.schema import EMBED_TOKENS
 from qwen2kit.weights.source import MemorySource, WeightSource
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.compiled import TorchModel
-from qwen2kit_torch.lora import dropout
+from qwen2kit_torch.lora import dropout, export_factors, export_merged
 from qwen2kit_torch.parallel.mesh import Mesh
 from qwen2kit_torch.parallel.pipeline import Pipeline
 from qwen2kit_torch.parallel.processes import connect
@@ -205,12 +205,20 @@ class TorchTrainableModel(TorchModel):
     def export(self) -> Iterator[tuple[str, HostTensor]]:
         """All schema parameters in schema order, canonical names, whole; collective."""
         self._check_loaded()
-        if self.settings.adapter is not None or self.mesh.degrees.world == 1:
+        if self.settings.adapter is not None:
+            yield from export_merged(self.module)
+            return
+        if self.mesh.degrees.world == 1:
             yield from super().export()
             return
         places = self._built.places
         for name, value in gather(self._parameters, self.spec, places, self.mesh, self.device):
             yield name, as_host(value)
+
+    def export_adapter(self) -> Iterator[tuple[str, HostTensor]]:
+        """A and B of every adapted matrix, whole, float32; collective."""
+        self._check_loaded()
+        return export_factors(self.module)
 
     def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
         """Logits ``[T, vocab]`` in float32, without any cache."""

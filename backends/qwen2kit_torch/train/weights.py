@@ -55,12 +55,11 @@ def load_adapted(
     started = time.perf_counter()
     check_fits(network.spec, weights)
     parameters = dict(network.named_parameters())
-    total = 0
     if not any(isinstance(p, DTensor) for p in parameters.values()):
-        load_base(network, weights, device)
+        total = load_base(network, weights, device)
         load_factors(network, initial_factors(network, plan.seed))
-        total = sum(weights.read(param.name).nbytes for param in schema(network.spec))
     else:
+        total = 0
         for param in schema(network.spec):
             host = weights.read(param.name)
             total += host.nbytes
