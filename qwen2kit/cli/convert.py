@@ -157,6 +157,7 @@ def _print(report: ConversionReport, proof: VerifyReport | None) -> None:
 
     rows: list[tuple[str, Any]] = [
         ("source", f"{report.source} ({report.source_format})"),
+        *([] if report.adapter is None else [("with adapter", report.adapter)]),
         ("output", f"{report.out} ({report.format})"),
         (
             "stored as",

@@ -33,6 +33,7 @@ class ConversionReport:
 
     Attributes:
         source, out: paths.
+        adapter: LoRA adapter that was merged, or None.
         source_format, format: layouts.
         dtype: float dtype of dense tensors (of scales where quantised).
         quantization: ``"4-bit, groups of 64"``, a GGUF type, or None.
@@ -52,12 +53,14 @@ class ConversionReport:
     bytes: int
     seconds: float
     sha256: dict[str, str] = field(repr=False)
+    adapter: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the per-tensor sums."""
         values = asdict(self)
         del values["sha256"]
-        return values | {"source": str(self.source), "out": str(self.out)}
+        paths = {key: values[key] for key in ("source", "out", "adapter")}
+        return values | {key: None if path is None else str(path) for key, path in paths.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ def convert(
         bytes=sum(path.stat().st_size for path in files),
         seconds=time.perf_counter() - started,
         sha256=sums,
+        adapter=source.adapter,
     )
 
 
