@@ -321,6 +321,7 @@ class RunConfig:
                 or self.eval.questions <= self.data.held_out,
                 "eval.questions must not exceed data.held_out",
             ),
+            *self._adapter_rules(),
             (
                 self.long is None or self.train.steps is not None,
                 "a long phase is a share of train.steps: set them instead of train.epochs",
@@ -330,4 +331,15 @@ class RunConfig:
                 or bool(self.checkpoint.every or self.checkpoint.every_minutes),
                 "train.spike.kind = rewind needs checkpoints to go back to: set checkpoint.every",
             ),
+        )
+
+    def _adapter_rules(self) -> tuple[tuple[bool, str], ...]:
+        """An adapter changes a checkpoint's matrices and can hold nothing else."""
+        if self.adapter is None:
+            return ()
+        changed = ", ".join(f"model.{name}" for name in self.model.overrides())
+        return (
+            (self.model.checkpoint is not None, "adapter needs a model.checkpoint to adapt"),
+            (not changed, f"an adapter cannot hold changes of the model: remove {changed}"),
+            (self.long is None, "a long phase changes the model, not only an adapter: remove long"),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.backend.processes import Processes, SingleProcess
-from qwen2kit.backend.protocol import Backend, DistributedBackend, TrainableModel
+from qwen2kit.backend.protocol import AdapterModel, Backend, DistributedBackend, TrainableModel
 from qwen2kit.backend.registry import get
 from qwen2kit.config.data_tree import EmbeddedData
 from qwen2kit.config.tree import ModelConfig, RunConfig
@@ -48,6 +48,11 @@ def build_origin(config: RunConfig) -> Origin:
     model = config.model
     checkpoint = initial_checkpoint(model)
     if checkpoint is not None:
+        if config.adapter is not None and checkpoint.adapter is not None:
+            raise ConfigError(
+                f"{model.checkpoint} is an adapter already; merge it first: "
+                "qwen2kit convert BASE OUT --adapter ADAPTER"
+            )
         origin = Origin(apply_overrides(checkpoint.spec, model), checkpoint.tokenizer())
     else:
         assert model.preset is not None
@@ -141,6 +146,8 @@ def compile_model(
     model = backend.compile(spec, execution_plan(config, degrees(config, world)))
     if not isinstance(model, TrainableModel):
         raise BackendError(f"backend {backend.name!r} did not return a trainable model")
+    if config.adapter is not None and not isinstance(model, AdapterModel):
+        raise BackendError(f"backend {backend.name!r} does not train adapters; use backend=torch")
     return model
 
 
