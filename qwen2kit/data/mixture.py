@@ -57,12 +57,11 @@ class MixedRows:
         owners = self.owners(self._row, count)
         inside = np.zeros(count, dtype=np.bool_)
         inside[mine.start : mine.stop] = True
-        parts = []
-        for number, source in enumerate(self._sources):
-            wanted = inside[owners == number]
-            first = int(np.argmax(wanted)) if wanted.any() else 0
-            before = source.epoch
-            parts.append(source.take(len(wanted), range(first, first + int(wanted.sum()))))
+        parts = {}
+        for number in np.unique(owners).tolist():
+            source, wanted = self._sources[number], inside[owners == number]
+            first, before = int(np.argmax(wanted)), source.epoch
+            parts[number] = source.take(len(wanted), range(first, first + int(wanted.sum())))
             for epoch in range(before + 1, source.epoch + 1):
                 self._note(f"source {number + 1} of the mixture starts epoch {epoch + 1}")
         self._row += count
@@ -103,12 +102,10 @@ def _bounds(weights: Sequence[float]) -> NDArray[np.uint64]:
     return np.array([int(end * 2.0**64) for end in ends], dtype=np.uint64)
 
 
-def _interleave(parts: list[TokenBatch], owners: NDArray[np.int64]) -> TokenBatch:
-    arrays = []
-    for name in FIELDS:
-        first: NDArray[np.int32] = getattr(parts[0], name)
-        rows = np.empty((len(owners), first.shape[1]), dtype=np.int32)
-        for number, part in enumerate(parts):
+def _interleave(parts: dict[int, TokenBatch], owners: NDArray[np.int64]) -> TokenBatch:
+    seq_len = next(iter(parts.values())).tokens.shape[1]
+    whole = [np.empty((len(owners), seq_len), dtype=np.int32) for _ in FIELDS]
+    for number, part in parts.items():
+        for rows, name in zip(whole, FIELDS, strict=True):
             rows[owners == number] = getattr(part, name)
-        arrays.append(rows)
-    return TokenBatch(*arrays)
+    return TokenBatch(*whole)
