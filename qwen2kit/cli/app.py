@@ -17,6 +17,7 @@ from qwen2kit.cli.eval import evaluate
 from qwen2kit.cli.inspect import inspect
 from qwen2kit.cli.output import fail
 from qwen2kit.cli.parity import parity
+from qwen2kit.cli.plan import plan
 from qwen2kit.cli.train import train
 from qwen2kit.errors import Qwen2KitError
 
@@ -35,6 +36,7 @@ for _name, _command in (
     ("eval", evaluate),
     ("parity", parity),
     ("inspect", inspect),
+    ("plan", plan),
     ("doctor", doctor),
     ("demo", demo),
 ):

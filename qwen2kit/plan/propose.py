@@ -1,8 +1,9 @@
 """The meshes that a number of accelerators allows, those that fit in memory, the fastest first.
 
 Every division of the processes over the mesh axes is tried that `check_degrees` accepts, with
-every micro-batch size and kind of recomputation. Tensor parallelism stays within a node and
-replicas consist of whole nodes, since anything else is slower at equal memory.
+every micro-batch size and kind of recomputation. Tensor parallelism stays within a node, replicas
+consist of whole nodes and a pipeline has at least as many rows as stages, since anything else is
+slower at equal memory.
 """
 
 from __future__ import annotations
@@ -40,32 +41,31 @@ class Prediction:
     Attributes:
         workload: with degrees, micro-batch size and recomputation settled.
         cluster: what it runs on.
-        memory: of the processes of every pipeline stage.
     """
 
     workload: Workload
     cluster: Cluster
-    memory: tuple[Memory, ...]
+
+    @cached_property
+    def memory(self) -> tuple[Memory, ...]:
+        """Of the processes of every pipeline stage."""
+        return memory.predict(self.workload)
 
     @cached_property
     def time(self) -> StepTime:
         """Seconds of the step on the slowest stage."""
         return time.predict(self.workload, self.cluster)
 
-    @property
+    @cached_property
     def needs(self) -> int:
         """Bytes that each device must have."""
-        return max(stage.on_device(self.cluster.gpus) for stage in self.memory)
+        ends = (memory.stage_memory(self.workload, stage) for stage in self.workload.ends)
+        return max(end.on_device(self.cluster.gpus) for end in ends)
 
     @property
     def fits(self) -> bool:
         """Whether it has them, with head-room."""
         return self.needs <= HEADROOM * self.cluster.hardware.memory_bytes
-
-
-def predict(workload: Workload, cluster: Cluster) -> Prediction:
-    """Memory and time of ``workload`` as it is."""
-    return Prediction(workload=workload, cluster=cluster, memory=memory.predict(workload))
 
 
 def propose(workload: Workload, cluster: Cluster, count: int = 5) -> tuple[Prediction, ...]:
@@ -98,8 +98,10 @@ def meshes(workload: Workload, cluster: Cluster) -> Iterator[Degrees]:
 
 def least_memory(workload: Workload, cluster: Cluster) -> Prediction | None:
     """The choice that needs least memory, or None if there is no valid mesh."""
-    choices = (_settled(workload, degrees, 1, "full") for degrees in meshes(workload, cluster))
-    predictions = (predict(choice, cluster) for choice in choices)
+    predictions = (
+        Prediction(workload=_settled(workload, degrees, 1, "full"), cluster=cluster)
+        for degrees in meshes(workload, cluster)
+    )
     return min(predictions, key=lambda prediction: prediction.needs, default=None)
 
 
@@ -141,7 +143,8 @@ def reasons(prediction: Prediction) -> tuple[str, ...]:
 def _fitting(workload: Workload, cluster: Cluster, degrees: Degrees) -> Iterator[Prediction]:
     for recompute in get_args(Recompute):
         for rows in _powers(workload.batch_rows // degrees.data):
-            prediction = predict(_settled(workload, degrees, rows, recompute), cluster)
+            choice = _settled(workload, degrees, rows, recompute)
+            prediction = Prediction(workload=choice, cluster=cluster)
             if not prediction.fits:
                 break  # larger micro-batches need more
             yield prediction
@@ -161,7 +164,8 @@ def _sensible(workload: Workload, cluster: Cluster, degrees: Degrees) -> bool:
     replica = degrees.sharded * degrees.tp
     whole_nodes = replica % min(cluster.gpus_per_node, cluster.gpus) == 0
     pieces = degrees.cp == 1 or workload.seq_len // degrees.cp >= SHORTEST_PIECE
-    return pieces and (degrees.dp_replicate == 1 or whole_nodes)
+    filled = workload.batch_rows // degrees.data >= degrees.pp
+    return pieces and filled and (degrees.dp_replicate == 1 or whole_nodes)
 
 
 def _valid(workload: Workload, degrees: Degrees) -> bool:

@@ -161,7 +161,7 @@ class _Work:
 
 def predict(workload: Workload, cluster: Cluster) -> StepTime:
     """The step's time on the slowest stage."""
-    times = [_stage_time(workload, stage, cluster) for stage in workload.stages]
+    times = [_stage_time(workload, stage, cluster) for stage in workload.ends]
     return max(times, key=lambda time: time.total)
 
 

@@ -98,6 +98,13 @@ class Workload:
         """The pipeline's stages; one without a pipeline."""
         return stages(self.spec, self.degrees.pp)
 
+    @property
+    def ends(self) -> tuple[Stage, ...]:
+        """The first stage and the last: no stage between has more layers or more to hold than
+        the first."""
+        first, *_, last = (*self.stages, self.stages[-1])
+        return (first,) if first is last else (first, last)
+
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
