@@ -149,7 +149,10 @@ class StreamedRows:
 
     def _current(self) -> _Block:
         if self._blocks is None:
-            self._batches = Background(self._encode_from(self._start), _BATCHES_AHEAD)
+            documents = _encode_from(
+                self._start, self._data, self._paths, self._tokenizer, self._layout.seed
+            )
+            self._batches = Background(documents, _BATCHES_AHEAD)
             self._blocks = self._cut(self._batches, self._start)
         if self._block is None:
             self._block = next(self._blocks)
@@ -164,23 +167,6 @@ class StreamedRows:
             first = block.order[number] * seq_len
             fill_window(batch, row, 0, block, first, min(first + seq_len, pairs))
         return batch
-
-    def _encode_from(self, place: Place) -> Iterator[list[_Document] | None]:
-        """All documents from ``place`` on in batches, epoch after epoch; None ends an epoch."""
-        epoch, first, skip = place.epoch, place.file, max(0, place.row - 1)
-        while True:
-            order = KeyedPermutation(len(self._paths), f"files {self._layout.seed} {epoch}")
-            for file in range(first, len(self._paths)):
-                rows = read_part(self._data, Part(self._paths[order[file]]), skip)
-                for batch in encode_documents(self._data, rows, self._tokenizer):
-                    yield [
-                        _Document((file, row.number), np.array(tokens, dtype=np.int32))
-                        for row, tokens in batch
-                        if tokens
-                    ]
-                skip = 0
-            yield _EndOfEpoch
-            epoch, first = epoch + 1, 0
 
     def _cut(self, batches: Iterator[list[_Document] | None], start: Place) -> Iterator[_Block]:
         """Blocks from ``start`` on, endlessly."""
@@ -225,6 +211,26 @@ class StreamedRows:
             start=place,
             next=after,
         )
+
+
+def _encode_from(
+    place: Place, data: FileData, paths: list[Path], tokenizer: Tokenizer, seed: int
+) -> Iterator[list[_Document] | None]:
+    """All documents from ``place`` on in batches, epoch after epoch; None ends an epoch."""
+    epoch, first, skip = place.epoch, place.file, max(0, place.row - 1)
+    while True:
+        order = KeyedPermutation(len(paths), f"files {seed} {epoch}")
+        for file in range(first, len(paths)):
+            rows = read_part(data, Part(paths[order[file]]), skip)
+            for batch in encode_documents(data, rows, tokenizer):
+                yield [
+                    _Document((file, row.number), np.array(tokens, dtype=np.int32))
+                    for row, tokens in batch
+                    if tokens
+                ]
+            skip = 0
+        yield _EndOfEpoch
+        epoch, first = epoch + 1, 0
 
 
 def _flat(batches: Iterator[list[_Document] | None]) -> Iterator[_Document | None]:
