@@ -47,6 +47,8 @@ class PeerError(TrainingError):
     """Another process of this run has failed or is gone. That process says why, so the command
     line prints nothing for this error and only exits with its code."""
 
+    exit_code = 13
+
 
 class ParityError(Qwen2KitError):
     """Two implementations disagree by more than the tolerance that was asked for."""

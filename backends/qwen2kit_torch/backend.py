@@ -55,7 +55,13 @@ class TorchBackend:
         return connect(plan.device)
 
     def launch_command(self, processes: int, *, max_restarts: int = 0) -> list[str]:
-        """``torchrun`` on this machine."""
+        """``torchrun`` on this machine, less its own report of failures."""
         from qwen2kit_torch.parallel.processes import launch_command
 
         return launch_command(processes, max_restarts=max_restarts)
+
+    def lost_process(self, error: Exception) -> bool:
+        """Whether a collective failed because its peer is gone."""
+        from qwen2kit_torch.parallel.processes import lost_process
+
+        return lost_process(error)

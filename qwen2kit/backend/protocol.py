@@ -9,6 +9,7 @@ run `qwen2kit.backend.conformance` against their own package.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -282,6 +283,16 @@ class AdapterModel(TrainableModel, Protocol):
 
 
 @runtime_checkable
+class ProfiledModel(TrainableModel, Protocol):
+    """A model that can say where the time of a step goes."""
+
+    def profiler(self, directory: Path) -> AbstractContextManager[None]:
+        """Record what happens inside the context; on leaving it, write a Chrome trace per process
+        into ``directory`` (created if absent)."""
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """A framework that can run specs."""
 
@@ -320,7 +331,13 @@ class DistributedBackend(Backend, Protocol):
     def launch_command(self, processes: int, *, max_restarts: int = 0) -> list[str]:
         """Command line that starts ``processes`` processes on this machine; what each one runs
         (``-m module`` and arguments) is appended to it. If one process is lost, all are started
-        again, at most ``max_restarts`` times."""
+        again, at most ``max_restarts`` times. Its exit code is that of a process that failed,
+        not that of one that only lost it (`PeerError`)."""
+        ...
+
+    def lost_process(self, error: Exception) -> bool:
+        """Whether ``error`` means that another process of the run is gone, not that this one did
+        anything wrong."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from qwen2kit.config.tree import RunConfig
     from qwen2kit.train.run_dir import RunResult
 
 _STOPPED = {"SIGINT": 130, "SIGUSR1": 138, "SIGTERM": 143}
@@ -44,6 +46,13 @@ def train(
     allow_changes: Annotated[
         bool, typer.Option(help="With --resume: accept a recipe that differs from the run's.")
     ] = False,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes to start on this machine (one per GPU)."),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="With --nproc: start all again when one is lost.")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a model.
@@ -54,15 +63,21 @@ def train(
     Under torchrun or another launcher every process runs this same command.
     """
     from qwen2kit.cli.output import console, emit_json
-    from qwen2kit.errors import PeerError
+    from qwen2kit.errors import ConfigError, PeerError
 
     changes = overrides or []
     if recipe is not None and "=" in recipe:
         changes.insert(0, recipe)
         recipe = None
+    request = _Request(recipe, changes, run_dir, resume, auto_resume, allow_changes)
+    request.check()
+    if nproc is not None:
+        raise typer.Exit(_launch(request, nproc, max_restarts, json))
+    if max_restarts:
+        raise ConfigError("--max-restarts needs --nproc")
     screen = console()
     try:
-        result = _run(recipe, changes, run_dir, resume, auto_resume, allow_changes, screen)
+        result = request.run(screen)
     except PeerError as error:
         raise typer.Exit(error.exit_code) from error
     if result.reports:
@@ -73,32 +88,78 @@ def train(
         raise typer.Exit(_STOPPED.get(result.signal or "", 1))
 
 
-def _run(
-    recipe: str | None,
-    changes: list[str],
-    run_dir: Path | None,
-    resume: Path | None,
-    auto_resume: bool,
-    allow_changes: bool,
-    screen: Console,
-) -> RunResult:
-    from qwen2kit.config.load import load_recipe
-    from qwen2kit.errors import ConfigError
-    from qwen2kit.train import run
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What was asked for, as typed."""
 
-    if resume is not None:
-        if run_dir is not None or auto_resume:
+    recipe: str | None
+    changes: list[str]
+    run_dir: Path | None
+    resume: Path | None
+    auto_resume: bool
+    allow_changes: bool
+
+    def check(self) -> None:
+        """Raise ConfigError if the options contradict each other."""
+        from qwen2kit.errors import ConfigError
+
+        if self.resume is None and self.allow_changes:
+            raise ConfigError("--allow-changes needs --resume")
+        if self.resume is not None and (self.run_dir is not None or self.auto_resume):
             raise ConfigError("give either --run-dir (a new run) or --resume, not both")
-        config = run.changed_recipe(resume, recipe, changes)
-        return run.resume(resume, config=config, allow_changes=allow_changes, console=screen)
-    if allow_changes:
-        raise ConfigError("--allow-changes needs --resume")
-    config = load_recipe(recipe or "tiny", changes)
-    if not auto_resume:
-        return run.start(config, run_dir=run_dir, console=screen)
-    if run_dir is None:
-        raise ConfigError("--auto-resume needs --run-dir: the directory to look for a run in")
-    return run.start_or_resume(config, run_dir, console=screen)
+        if self.auto_resume and self.run_dir is None:
+            raise ConfigError("--auto-resume needs --run-dir: the directory to look for a run in")
+
+    def config(self) -> RunConfig:
+        """The recipe of the run."""
+        from qwen2kit.config.load import load_recipe
+        from qwen2kit.train import run
+
+        if self.resume is None:
+            return load_recipe(self.recipe or "tiny", self.changes)
+        return run.recipe_of(self.resume, self.recipe, self.changes)
+
+    def run(self, screen: Console) -> RunResult:
+        """Train in this process."""
+        from qwen2kit.train import run
+
+        config = self.config()
+        if self.resume is not None:
+            return run.resume(
+                self.resume, config=config, allow_changes=self.allow_changes, console=screen
+            )
+        if self.auto_resume and self.run_dir is not None:
+            return run.start_or_resume(config, self.run_dir, console=screen)
+        return run.start(config, run_dir=self.run_dir, console=screen)
+
+    def arguments(self) -> list[str]:
+        """The same request as command-line arguments."""
+        options = ["train", *([self.recipe] if self.recipe else []), *self.changes]
+        if self.run_dir is not None:
+            options += ["--run-dir", str(self.run_dir)]
+        if self.resume is not None:
+            options += ["--resume", str(self.resume)]
+        flags = {"--auto-resume": self.auto_resume, "--allow-changes": self.allow_changes}
+        return options + [flag for flag, given in flags.items() if given]
+
+
+def _launch(request: _Request, nproc: int, max_restarts: int, json: bool) -> int:
+    """Train in processes of their own; what can be refused is refused before they start."""
+    from qwen2kit.launch.local import run_here
+    from qwen2kit.train.run import check_new
+    from qwen2kit.train.run_dir import fresh_directory
+    from qwen2kit.train.setup import degrees, distributed_backend
+
+    config = request.config()
+    backend = distributed_backend(config)
+    degrees(config, nproc)
+    if request.resume is None and not request.auto_resume:
+        run_dir = request.run_dir or fresh_directory(config)
+        check_new(run_dir)
+        # Processes that are started again must find the run they have begun.
+        request = replace(request, run_dir=run_dir, auto_resume=max_restarts > 0)
+    arguments = [*request.arguments(), *(["--json"] if json else [])]
+    return run_here(backend, nproc, max_restarts, arguments)
 
 
 def _summarise(result: RunResult, screen: Console) -> None:

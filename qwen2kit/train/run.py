@@ -27,7 +27,7 @@ from qwen2kit.train.run_dir import (
     write_origin,
 )
 from qwen2kit.train.runner import Runner
-from qwen2kit.train.setup import build_origin, join, training_backend
+from qwen2kit.train.setup import build_origin, join
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,8 +49,7 @@ def start(
         Qwen2KitError: of the kind that says what is wrong; ``run.json`` then says ``failed``.
         PeerError: another process failed, and says so itself.
     """
-    backend = training_backend(config)
-    processes = join(backend, config)
+    processes = join(config)
     directory = Path(on_first(processes, lambda: _new_run(config, run_dir, processes)))
     return _runner(config, directory, processes, console).run(resuming=False)
 
@@ -74,8 +73,8 @@ def resume(
         PeerError: another process failed, and says so itself.
     """
     stored = read_run(run_dir)
-    config = config or parse(stored["provenance"]["config"], source=f"{run_dir}/{RUN_FILE}")
-    processes = join(training_backend(config), config)
+    config = config or recipe_of(run_dir)
+    processes = join(config)
     together(processes, lambda: _check_resumable(run_dir, stored, config, allow_changes))
     return _runner(config, run_dir, processes, console).run(resuming=True)
 
@@ -91,7 +90,7 @@ def start_or_resume(
         ConfigError: ``run_dir`` holds something else, or a run of another recipe.
         Qwen2KitError: as `start` and `resume`.
     """
-    processes = join(training_backend(config), config)
+    processes = join(config)
     fresh = on_first(processes, lambda: is_fresh(run_dir))
     if fresh:
         on_first(processes, lambda: _new_run(config, run_dir, processes))
@@ -104,25 +103,28 @@ def start_or_resume(
     return _runner(config, run_dir, processes, console).run(resuming=not fresh)
 
 
-def changed_recipe(run_dir: Path, recipe: str | None, overrides: Sequence[str]) -> RunConfig | None:
-    """The recipe a resume asks for: a recipe or the run's own, with overrides; None for neither.
+def recipe_of(run_dir: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """What a resume goes on with: ``recipe`` or else the run's own, with overrides.
 
     Raises:
-        ConfigError: as in `load_recipe`.
+        ConfigError: not a run directory, or as in `load_recipe`.
     """
     if recipe is not None:
         return load_recipe(recipe, overrides)
-    if not overrides:
-        return None
     tree = read_run(run_dir)["provenance"]["config"]
     return parse(override(tree, overrides), source=f"{run_dir}/{RUN_FILE}")
+
+
+def check_new(run_dir: Path) -> None:
+    """Raise ConfigError if a new run cannot begin in ``run_dir``."""
+    if not is_fresh(run_dir):
+        raise ConfigError(f"{run_dir} is not empty; choose another --run-dir or use --resume")
 
 
 def _new_run(config: RunConfig, run_dir: Path | None, processes: Processes) -> str:
     """Everything that can be refused is refused before the directory appears."""
     directory = run_dir or fresh_directory(config)
-    if not is_fresh(directory):
-        raise ConfigError(f"{directory} is not empty; choose another --run-dir or use --resume")
+    check_new(directory)
     origin = build_origin(config)
     phases(config, origin.spec, processes.world)
     write_origin(directory, origin)

@@ -9,10 +9,12 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from qwen2kit.adapters.export import export_adapter
 from qwen2kit.backend.processes import Processes
+from qwen2kit.backend.protocol import AdapterModel, DistributedBackend
 from qwen2kit.config.freeze import freeze
 from qwen2kit.config.train_tree import RewindSpikes
-from qwen2kit.config.tree import RunConfig
+from qwen2kit.config.tree import AdapterConfig, RunConfig
 from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError
 from qwen2kit.spec.counts import train_flops_per_token
 from qwen2kit.train.agreement import numbered, together
@@ -96,6 +98,10 @@ class Runner:
             if self._must_report(error):
                 raise
             raise PeerError(str(error)) from error
+        except Exception as error:
+            if isinstance(self._backend, DistributedBackend) and self._backend.lost_process(error):
+                raise PeerError(f"lost another process: {error}") from error
+            raise
         self._processes.close()
         return result
 
@@ -225,14 +231,32 @@ class Runner:
         )
 
     def _export(self, name: str) -> None:
+        model = self.session.model
+        if self._config.adapter is not None:
+            assert isinstance(model, AdapterModel)
+            self._export_adapter(self._config.adapter, model, self._run_dir / name)
+            return
         export_model(
-            self.session.model,
+            model,
             self._origin.tokenizer,
             self._run_dir / name,
             dtype=self._config.export_dtype,
             chat=self._config.task == "sft",
             processes=self._processes,
         )
+
+    def _export_adapter(self, config: AdapterConfig, model: AdapterModel, path: Path) -> None:
+        base = self._config.model.checkpoint
+        assert base is not None
+        factors = list(model.export_adapter())
+
+        def write() -> None:
+            if self._first:
+                export_adapter(
+                    path, config, factors, base_model=base, dtype=self._config.export_dtype
+                )
+
+        together(self._processes, write)
 
     def _keep_records(self, step: int) -> None:
         if self._first:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeGuard
 
 from qwen2kit.backend.plan import AdamWPlan, ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.backend.processes import Processes, SingleProcess
@@ -118,21 +119,29 @@ def training_backend(config: RunConfig) -> Backend:
     return backend
 
 
-def join(backend: Backend, config: RunConfig) -> Processes:
+def distributed_backend(config: RunConfig) -> DistributedBackend:
+    """The recipe's backend, which must be able to train with several processes (BackendError)."""
+    backend = training_backend(config)
+    if not _is_distributed(backend):
+        raise BackendError(f"backend {backend.name!r} trains in one process only")
+    return backend
+
+
+def join(config: RunConfig) -> Processes:
     """The processes of this run: those the launcher started, or this one alone.
 
     Raises:
-        BackendError: several were started and the backend cannot use them, or they do not find
-            each other.
+        BackendError: the backend cannot train, or not with the several processes that were
+            started, or they do not find each other.
     """
-    if isinstance(backend, DistributedBackend) and backend.capabilities().distributed:
-        return backend.processes(execution_plan(config))
-    started = os.environ.get("WORLD_SIZE", "1")
-    if started != "1":
-        raise BackendError(
-            f"{started} processes were started, but backend {backend.name!r} trains in one"
-        )
-    return SingleProcess()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone and not _is_distributed(training_backend(config)):
+        return SingleProcess()
+    return distributed_backend(config).processes(execution_plan(config))
+
+
+def _is_distributed(backend: Backend) -> TypeGuard[DistributedBackend]:
+    return isinstance(backend, DistributedBackend) and backend.capabilities().distributed
 
 
 def compile_model(

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import signal
+from time import monotonic
 from types import FrameType, TracebackType
 from typing import Any
 
+_SAME_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, the first of these signals sets `requested`; a second SIGINT interrupts.
+    """While entered, the first of these signals sets `requested`; a later SIGINT interrupts.
+
+    Both a terminal and a launcher may pass on one Ctrl-C, so what follows within a second counts
+    as the same one.
 
     Outside the main thread, where handlers cannot be installed, it never triggers.
     """
 
     def __init__(self) -> None:
         self.requested: str | None = None
+        self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -37,6 +43,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None and number == signal.SIGINT:
+        if self.requested is None:
+            self.requested, self._since = signal.Signals(number).name, monotonic()
+        elif number == signal.SIGINT and monotonic() - self._since > _SAME_SECONDS:
             raise KeyboardInterrupt
-        self.requested = signal.Signals(number).name

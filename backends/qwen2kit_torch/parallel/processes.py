@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.errors import BackendError
@@ -42,8 +45,14 @@ def connect(device: str) -> Processes:
         if cuda:
             torch.cuda.set_device(local)
         try:
+            store, rank, world = next(rendezvous("env://"))
+            # torchrun keeps its store over restarts, with the addresses of the processes it lost.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo",
+                store=PrefixStore(f"attempt-{attempt}", store),
+                rank=rank,
+                world_size=world,
                 timeout=_PATIENCE,
                 device_id=torch.device("cuda", local) if cuda else None,
             )
@@ -54,11 +63,24 @@ def connect(device: str) -> Processes:
 
 
 def launch_command(processes: int, *, max_restarts: int) -> list[str]:
-    """``torchrun`` on this machine; the program to run is appended."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={processes}", f"--max-restarts={max_restarts}",
-    ]  # fmt: skip
+    """`qwen2kit_torch.parallel.launch` on this machine; the program to run is appended."""
+    module = "qwen2kit_torch.parallel.launch"
+    return [sys.executable, "-m", module, str(processes), str(max_restarts)]
+
+
+# What gloo, NCCL and the key-value store say in errors of no type of their own.
+_LOST = re.compile(
+    r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|"
+    r"NCCL communicator was aborted|Timed out waiting|Application timeout|Socket (Timeout|closed)",
+    re.IGNORECASE,
+)
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether ``error`` comes from a collective whose other side is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 class TorchProcesses:

@@ -1,0 +1,55 @@
+"""``python -m qwen2kit_torch.parallel.launch PROCESSES MAX_RESTARTS -m MODULE ARGUMENTS...``
+
+What ``torchrun --standalone`` does, with three differences that people notice: the processes say
+what went wrong and nothing is added to that, a signal leaves them time to save, and the exit code
+is that of the process that failed by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from uuid import uuid4
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from qwen2kit.errors import PeerError
+
+# Long enough for a large checkpoint; a scheduler that is less patient kills everything anyway.
+SHUTDOWN_SECONDS = 3600
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+
+
+def launch(processes: int, max_restarts: int, program: list[str]) -> int:
+    """Run ``python *program`` as ``processes`` processes; the exit code for this one."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    logging.disable(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=max_restarts,
+        monitor_interval=0.2,
+        signals_to_handle=SIGNALS,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*program)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        code = next((code for code in codes if code != PeerError.exit_code), codes[0])
+        return code if code > 0 else 128 - code
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(launch(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
