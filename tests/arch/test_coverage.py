@@ -13,6 +13,7 @@ FLOORS = {
     "arch": 30,
     "cli": 35,
     "parity": 18,
+    "unit/adapters": 26,
     "unit/config": 10,
     "unit/data": 22,
     "unit/evals": 35,
