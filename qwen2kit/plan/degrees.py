@@ -166,4 +166,9 @@ def _batch_problems(
             f"micro_batch_rows={micro_batch_rows} does not divide the {rows} rows of one data "
             "parallel process"
         ]
+    if micro_batch_rows is not None and rows // micro_batch_rows < degrees.pp:
+        return [
+            f"pp={degrees.pp} needs as many micro-batches per step, but {rows} rows in pieces of "
+            f"micro_batch_rows={micro_batch_rows} are {rows // micro_batch_rows}"
+        ]
     return []

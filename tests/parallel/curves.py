@@ -70,7 +70,7 @@ def model_of(case: Case, device: str = "cpu", dtype: str = "float32") -> Any:
     """A trainable model of the case, freshly compiled."""
     from qwen2kit_torch.backend import TorchBackend
 
-    train = {"micro_batch_rows": 1, "loss_chunk_tokens": 16, "optimizer": AdamWPlan()}
+    train = {"micro_batch_rows": 2, "loss_chunk_tokens": 16, "optimizer": AdamWPlan()}
     plan = TrainPlan(**(train | case.plan), parallel=case.degrees)
     execution = ExecutionPlan(device=device, dtype=dtype, train=plan)
     return TorchBackend().compile(spec_of(case), execution)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen2kit.plan.degrees import Degrees
-from tests.parallel.curves import Case, train
+from tests.parallel.curves import STEPS, Case, batch_of, spec_of, train
 from tests.parallel.workers import run_on
 
 pytest.importorskip("torch")
@@ -56,3 +57,69 @@ def check(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_packed_and_tied(name: str, tmp_path: Path) -> None:
     check(Case(degrees=LAYOUTS[name], tied=True, packed=True), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("fsdp2-tp2", Case(packed=True)),
+        ("pp2-tp2", Case()),
+        ("cp2-tp2-pp2", Case(window=9)),
+        ("fsdp2-cp2", Case(tied=True, packed=True, window=9)),
+        ("fsdp2-tp2", Case(tied=True, packed=True, plan={"recompute": "full"})),
+        ("fsdp2-pp2", Case(packed=True, plan={"recompute": "selective"})),
+    ],
+)
+def test_other_models_and_plans(name: str, case: Case, tmp_path: Path) -> None:
+    check(replace(case, degrees=LAYOUTS[name]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "restored"),
+    [
+        (Degrees(dp_shard=2), Degrees()),
+        (Degrees(), Degrees(dp_shard=4)),
+        (Degrees(dp_shard=2, tp=2), Degrees(pp=2, cp=2)),
+        (Degrees(pp=2, tp=2), Degrees(dp_shard=2)),
+        (Degrees(dp_replicate=2, dp_shard=2), Degrees(dp_replicate=2, dp_shard=2)),
+    ],
+    ids=lambda degrees: degrees.describe(),
+)
+def test_a_checkpoint_continues_on_another_layout(
+    saved: Degrees, restored: Degrees, tmp_path: Path
+) -> None:
+    before = Case(degrees=saved, tied=True, packed=True, steps=8)
+    after = Case(degrees=restored, tied=True, packed=True, steps=STEPS - 8)
+    state, stores = tmp_path / "state", tmp_path / "stores"
+    state.mkdir()
+    stores.mkdir()
+    first = run_on(saved.world, train, stores, before, state)[0][0]
+    second = run_on(restored.world, train, stores, after, None, state, 8)[0][0]
+    expected, _, _ = alone(True, True, None)
+    np.testing.assert_allclose(first + second, expected, rtol=1e-5)
+
+
+def test_resuming_on_the_same_layout_is_bit_identical(tmp_path: Path) -> None:
+    degrees = Degrees(dp_shard=2, tp=2)
+    state, stores = tmp_path / "state", tmp_path / "stores"
+    state.mkdir()
+    stores.mkdir()
+    whole = run_on(4, train, stores, Case(degrees=degrees, tied=True, steps=12))[0]
+    run_on(4, train, stores, Case(degrees=degrees, tied=True, steps=5), state)
+    rest = run_on(4, train, stores, Case(degrees=degrees, tied=True, steps=7), None, state, 5)[0]
+    assert rest[0] == whole[0][5:]
+    assert all((rest[2][name] == values).all() for name, values in whole[2].items())
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "tp2", "cp2", "pp2"])
+def test_a_single_step_is_the_reference_gradient_too(name: str, tmp_path: Path) -> None:
+    """Losses against the NumPy reference, which knows of no processes."""
+    from qwen2kit.backend.conformance.training_batches import reference_loss
+    from qwen2kit.spec.reference import ReferenceModel
+    from tests.conftest import random_weights
+
+    case = Case(degrees=LAYOUTS[name], packed=True, steps=1)
+    spec = spec_of(case)
+    reference = ReferenceModel(spec, random_weights(spec))
+    curve, _, _ = run_on(case.degrees.world, train, tmp_path, case)[0]
+    assert curve[0][0] == pytest.approx(reference_loss(reference, batch_of(case, 0)), rel=1e-5)

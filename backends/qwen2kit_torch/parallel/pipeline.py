@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
@@ -41,7 +41,7 @@ class Pipeline:
         schedule: Literal["gpipe", "1f1b"],
         device: torch.device,
     ) -> None:
-        self._module = _Numbered(stage, first=place.first)
+        self._stage = stage
         self._place, self._group, self._device = place, group, device
         self._schedule = _SCHEDULES[schedule]
         self._built: dict[tuple[int, tuple[int, ...]], PipelineScheduleSingle] = {}
@@ -51,17 +51,17 @@ class Pipeline:
 
         Returns that loss, float32 scalar, on the last stage; zero on the others.
         """
-        self._module.scale = scale
+        self._stage.scale = scale
         return self._run(micros, train=True)
 
     def loss(self, micros: Sequence[MicroBatch]) -> Tensor:
         """The summed loss on the last stage, zero on the others; no gradients."""
-        self._module.scale = 1.0
+        self._stage.scale = 1.0
         return self._run(micros, train=False)
 
     def _run(self, micros: Sequence[MicroBatch], *, train: bool) -> Tensor:
-        self._module.micros = micros
-        schedule = self._for(len(micros), self._module.stage.hidden_shape(micros[0]))
+        self._stage.micros = micros
+        schedule = self._for(len(micros), self._stage.hidden_shape(micros[0]))
         numbers = torch.arange(len(micros))
         losses: list[Tensor] = []
         arguments = (numbers,) if self._place.first else ()
@@ -74,12 +74,12 @@ class Pipeline:
     def _for(self, count: int, hidden: tuple[int, ...]) -> PipelineScheduleSingle:
         key = (count, hidden)
         if key not in self._built:
-            dtype = self._module.stage.dtype
+            dtype = self._stage.dtype
             between = torch.empty(hidden, dtype=dtype, device="meta", requires_grad=True)
             number = torch.empty(1, dtype=torch.int64, device="meta")
             loss = torch.empty(1, device="meta", requires_grad=True)
             stage = PipelineStage(
-                self._module,
+                self._stage,
                 self._place.index,
                 self._place.count,
                 self._device,
@@ -91,27 +91,6 @@ class Pipeline:
                 stage, n_microbatches=count, loss_fn=_already_the_loss, scale_grads=False
             )
         return self._built[key]
-
-
-class _Numbered(nn.Module):
-    """A stage whose second argument is the number of its micro-batch, an int64 ``[1]`` on the CPU.
-
-    Attributes:
-        micros: the micro-batches of the step that runs.
-        scale: factor on the loss.
-    """
-
-    def __init__(self, stage: TrainStage, *, first: bool) -> None:
-        super().__init__()
-        self.stage = stage
-        self.micros: Sequence[MicroBatch] = ()
-        self.scale = 1.0
-        self._first = first
-
-    def forward(self, x: Tensor, number: Tensor) -> Tensor:
-        micro = self.micros[int(number)]
-        out: Tensor = self.stage(None if self._first else x, micro)
-        return out if out.dim() else (out * self.scale)[None]
 
 
 def _already_the_loss(output: Tensor, target: Tensor) -> Tensor:

@@ -61,6 +61,9 @@ def build(
     places = stages(spec, mesh.size("pp"))
     place = places[mesh.rank("pp")]
     compiled = device.type == "cuda" if plan.compile is None else plan.compile
+    if plan.adapter is not None and plan.adapter.quantize != "none" and plan.recompute == "none":
+        # Compiled, every layer's dequantised weights would be kept for the backward pass.
+        compiled = False
     prune(network, place)
     if plan.adapter is not None:
         add_lora(network, plan.adapter, dtype=dtype)
@@ -68,7 +71,8 @@ def build(
         use_float8(network)
     if mesh.size("tp") > 1:
         parallelize(network, stage_params(spec, place), mesh["tp"])
-    elif compiled:
+    elif compiled and (mesh.size("fsdp") == 1 or plan.recompute != "none"):
+        # Without recomputation the joined weights would be kept, undivided, for the backward pass.
         _fuse(network)
     arithmetic = Arithmetic(dtype=dtype, loss_chunk_tokens=plan.loss_chunk_tokens)
     stage = TrainStage(network, place, arithmetic, mesh)

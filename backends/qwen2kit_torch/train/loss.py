@@ -83,6 +83,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = slope @ weight
             if grad_weight is not None:
                 _accumulate(grad_weight, slope, hidden)
+            # Or they would still be there while the next chunk's are made.
+            del logits, slope, losses
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return total

@@ -6,7 +6,7 @@ moments stay float32. What is divided over which processes is decided in `build`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from math import inf, isfinite
@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from qwen2kit.backend.limits import context_limit
 from qwen2kit.backend.plan import ExecutionPlan, TrainPlan
 from qwen2kit.backend.protocol import (
     LoadReport,
@@ -42,7 +41,6 @@ from qwen2kit_torch.lora import dropout, export_factors, export_merged
 from qwen2kit_torch.parallel.mesh import Mesh
 from qwen2kit_torch.parallel.pipeline import Pipeline
 from qwen2kit_torch.parallel.processes import connect
-from qwen2kit_torch.rope import Rotary
 from qwen2kit_torch.train.batch import Cutting, MicroBatch
 from qwen2kit_torch.train.build import build, ends_group
 from qwen2kit_torch.train.init import init_parameters
@@ -156,10 +154,8 @@ class TorchTrainableModel(TorchModel):
         if self._pipeline is not None:
             total = self._pipeline.loss(micros)
         else:
-            total = torch.zeros((), device=self.device)
             with torch.no_grad():
-                for micro in micros:
-                    total += self._built.stage(None, micro)
+                total = self._sequentially(micros, 1.0, lambda loss: None)
         mean = float(self._sum(total, "loss")) / supervised
         return self._metrics(mean, 0.0, supervised, tokens, skipped=False)
 
@@ -186,16 +182,6 @@ class TorchTrainableModel(TorchModel):
             everything=self._pipeline is None,
         )
         self._has_weights = True
-
-    def extend(self, rope_theta: float, max_position_embeddings: int) -> None:
-        """Go on with another RoPE base and longer rows; weights and optimizer state stay."""
-        self.spec = replace(
-            self.spec,
-            rope=replace(self.spec.rope, rope_theta=rope_theta),
-            max_position_embeddings=max_position_embeddings,
-        )
-        self.module.rotary = Rotary(self.spec)
-        self.limit = context_limit(self.spec, self.plan)
 
     def profiler(self, directory: Path) -> AbstractContextManager[None]:
         """Trace what runs inside the context into ``directory``, for chrome://tracing."""
@@ -273,12 +259,11 @@ class TorchTrainableModel(TorchModel):
     def _accumulate(self, batch: TokenBatch, supervised: int) -> float:
         """Gradients of the mean loss; returns it."""
         with self._dropout():
+            micros, scale = list(self._cut(batch)), 1 / supervised
             if self._pipeline is not None:
-                total = self._pipeline.forward_backward(list(self._cut(batch)), 1 / supervised)
+                total = self._pipeline.forward_backward(micros, scale)
             else:
-                total = torch.zeros((), device=self.device)
-                for micro in self._cut(batch):
-                    total += self._backward(micro, supervised)
+                total = self._sequentially(micros, scale, torch.autograd.backward)
         settle_gradients(self._trained.values())
         self._join_tied_gradients()
         return float(self._sum(total, "loss"))
@@ -289,10 +274,18 @@ class TorchTrainableModel(TorchModel):
             return nullcontext()
         return dropout(self.module, adapter, step=self._steps, rank=self.data_shard[0])
 
-    def _backward(self, micro: MicroBatch, supervised: int) -> Tensor:
-        loss: Tensor = self._built.stage(None, micro) / supervised
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+    def _sequentially(
+        self, micros: Sequence[MicroBatch], scale: float, then: Callable[[Tensor], None]
+    ) -> Tensor:
+        """The scaled sum of losses of ``micros``, each handed to ``then`` at once."""
+        stage = self._built.stage
+        stage.micros, stage.scale = micros, scale
+        total = torch.zeros((), device=self.device)
+        for number in range(len(micros)):
+            loss: Tensor = stage(total, number)
+            then(loss)
+            total += loss.detach()[0]
+        return total
 
     def _join_tied_gradients(self) -> None:
         """Add up the gradients of a tied embedding's two copies in a pipeline."""
@@ -315,11 +308,11 @@ class TorchTrainableModel(TorchModel):
 
     def _count(self, batch: TokenBatch) -> tuple[int, int]:
         """Supervised and all tokens of the global batch."""
-        counts = torch.tensor(
-            [np.count_nonzero(batch.labels >= 0), np.count_nonzero(batch.documents >= 0)],
-            device=self.device,
-        )
-        supervised, tokens = self._sum(counts, "data").tolist()
+        supervised = int(np.count_nonzero(batch.labels >= 0))
+        tokens = int(np.count_nonzero(batch.documents >= 0))
+        if self.mesh.size("data") > 1:
+            counts = torch.tensor([supervised, tokens], device=self.device)
+            supervised, tokens = self._sum(counts, "data").tolist()
         if supervised == 0:
             raise TrainingError("the batch holds no token to learn from")
         return supervised, tokens

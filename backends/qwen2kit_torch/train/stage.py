@@ -4,7 +4,7 @@ hidden states or the loss. Without pipelining it is the whole model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,16 +52,25 @@ def prune(network: Qwen2, place: Stage) -> None:
 class TrainStage(nn.Module):
     """One stage of ``network`` with its loss. Shapes: B rows, T tokens held here, D hidden.
 
+    Its forward pass is told the number of a micro-batch, since that much a pipeline's schedule
+    can pass on; the micro-batches themselves are laid out beforehand.
+
     Args:
         network: pruned to the stage, its parameters possibly DTensors over ``tp``.
         place: which stage it is.
         arithmetic: precision and memory of the computation.
         mesh: for the layout of hidden states and vocabulary under tensor parallelism.
+
+    Attributes:
+        micros: the micro-batches that `forward` will be asked for.
+        scale: factor on their losses.
     """
 
     def __init__(self, network: Qwen2, place: Stage, arithmetic: Arithmetic, mesh: Mesh) -> None:
         super().__init__()
         self.network = network
+        self.micros: Sequence[MicroBatch] = ()
+        self.scale = 1.0
         self._place = place
         self._arithmetic = arithmetic
         self._tp = mesh.size("tp")
@@ -86,22 +95,25 @@ class TrainStage(nn.Module):
         rows, length = micro.tokens.shape
         return rows, length // self._tp, self.network.spec.hidden_size
 
-    def forward(self, x: Tensor | None, micro: MicroBatch) -> Tensor:
-        """Hidden states ``[B, T, D]`` or, on the last stage, the summed loss (float32 scalar).
+    def forward(self, x: Tensor, number: Tensor | int) -> Tensor:
+        """Hidden states ``[B, T, D]`` or, on the last stage, the scaled sum of losses, float32
+        ``[1]``.
 
         Args:
-            x: the previous stage's hidden states; None on the first.
+            x: the previous stage's hidden states; not looked at on the first.
+            number: which of `micros`; a tensor must be on the CPU.
         """
+        micro = self.micros[int(number)]
         dtype = self._arithmetic.dtype
         mixed = dtype != torch.float32
         with torch.autocast(micro.tokens.device.type, dtype, enabled=mixed):
-            if x is None:
+            if self._place.first:
                 x = self.network.model.embed_tokens(micro.tokens).to(dtype)
             x = self._decode(x, self._rope(micro, x), micro.visible)
             if not self._place.last:
                 return x
             x = self.network.model.norm(x)
-        return self._loss(x, micro)
+        return (self._loss(x, micro) * self.scale)[None]
 
     def _decode(
         self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Mapping[int | None, Attend]

@@ -6,6 +6,7 @@ Every process writes its own part; any number of processes reads it back. Tensor
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from math import prod
@@ -26,10 +27,16 @@ from torch.distributed.tensor import DTensor
 
 from qwen2kit.errors import WeightError
 
+# A single process is what was asked for, and the warning would come from a background thread.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
+
 STEP = "step"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 Parameters = Mapping[str, nn.Parameter]
+
+# A single process is no mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 class BackgroundSave:
