@@ -184,10 +184,13 @@ def test_evaluation_says_which_adapter_it_scored(ready: Path, home: Path) -> Non
     assert provenance[0]["path"] == str(ready)
     assert set(provenance[0]["files"]) == {"adapter_config.json", "adapter_model.safetensors"}
     samples = [
-        [json.loads(line)["responses"] for line in (home / name / "samples_tiny_choice.jsonl").open()]
+        [
+            [float(logprob) for ((logprob, _),) in json.loads(line)["responses"]]
+            for line in (home / name / "samples_tiny_choice.jsonl").open()
+        ]
         for name in ("beside", "whole")
     ]
-    assert samples[0] == samples[1]
+    np.testing.assert_allclose(samples[0], samples[1], atol=1e-4)
 
 
 def test_inspection_shows_the_adapter(ready: Path, home: Path) -> None:
