@@ -15,7 +15,7 @@ FLOORS = {
     "parity": 18,
     "unit/adapters": 26,
     "unit/config": 10,
-    "unit/data": 22,
+    "unit/data": 78,
     "unit/evals": 35,
     "unit/mlx": 30,
     "unit/parity": 12,
