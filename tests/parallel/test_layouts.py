@@ -51,7 +51,9 @@ def check(case: Case, folder: Path) -> None:
         np.testing.assert_allclose(held, held_out, rtol=1e-5)
         assert exported.keys() == weights.keys()
         for name, values in weights.items():
-            np.testing.assert_allclose(exported[name], values, rtol=1e-3, atol=2e-5, err_msg=name)
+            # Not element by element: Adam turns a gradient that is zero but for rounding into a
+            # whole step.
+            assert np.linalg.norm(exported[name] - values) < 1e-4 * np.linalg.norm(values), name
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

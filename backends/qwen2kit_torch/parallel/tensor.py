@@ -7,6 +7,8 @@ partial sums on exit.
 
 from __future__ import annotations
 
+import logging
+
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -23,6 +25,9 @@ from qwen2kit.spec.schema import Param
 from qwen2kit_torch.model import MLP, Attention, Qwen2
 
 _SEQUENCE = Shard(1)
+
+# It calls two all-gathers in a row suboptimal, on every process; with FSDP there is no other way.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
 
 def parallelize(network: Qwen2, params: tuple[Param, ...], mesh: DeviceMesh) -> None:
