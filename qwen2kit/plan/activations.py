@@ -84,23 +84,23 @@ def layer_working(workload: Workload, layer: int) -> float:
 
 
 def weight_copies(workload: Workload, layer: int) -> float:
-    """Bytes of a layer's weights that were made for its products and are kept: all matrices under
-    autocast or expanded from NF4, those joined into one product under FSDP."""
+    """Bytes of a layer's weights that were made for its products and are kept: under autocast
+    all matrices, or those of its adapters; in replicas those joined into one product."""
     plan = workload.plan
     if not KEPT[plan.recompute, workload.compiled].weights:
         return 0.0
-    shapes = matrices(workload.spec, layer, workload.degrees.tp)
-    everything = workload.width * sum(outputs * inputs for outputs, inputs in shapes)
     if plan.adapter is not None:
         factors = adapted(workload.spec, plan.adapter, layer)
-        small = sum(plan.adapter.rank * (outputs + inputs) for outputs, inputs in factors)
-        expanded = plan.adapter.quantize == "nf4" and workload.compiled
-        return (everything if expanded else 0.0) + workload.width * small
+        return workload.width * sum(plan.adapter.rank * (out + into) for out, into in factors)
     if workload.autocast:
-        return everything
-    hidden = workload.spec.hidden_size
-    joined = sum(outputs * hidden for outputs, inputs in shapes[:-1] if inputs == hidden)
-    return workload.width * joined if workload.joint else 0.0
+        shapes = matrices(workload.spec, layer, workload.degrees.tp)
+        return workload.width * sum(out * into for out, into in shapes)
+    if not workload.joint:
+        return 0.0
+    spec = workload.spec
+    heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
+    joined = heads * spec.head_dim + 2 * ffn_width(spec, layer, 1)
+    return workload.width * spec.hidden_size * joined
 
 
 def head_kept(workload: Workload) -> float:

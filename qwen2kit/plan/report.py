@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final, Literal
 
 from qwen2kit.backend.plan import LoRAPlan
 from qwen2kit.config.tree import AdapterConfig
@@ -18,7 +18,9 @@ from qwen2kit.plan.time import Cluster
 from qwen2kit.plan.workload import Workload, trainable_parameters
 from qwen2kit.spec.counts import count_params
 
-SECONDS_PER_DAY = 86_400
+SECONDS_PER_DAY: Final = 86_400
+
+_ADAPTER_RECIPES: Final[dict[str, Literal["none", "nf4"]]] = {"lora": "none", "qlora": "nf4"}
 
 
 def report(
@@ -220,14 +222,14 @@ def _remedies(workload: Workload, cluster: Cluster) -> list[str]:
     elif workload.seq_len > 1:
         found.append("lower seq_len or take GPUs with more memory")
     if workload.plan.adapter is None and workload.spec.moe is None:
-        for quantize in ("none", "nf4"):
+        for recipe, quantize in _ADAPTER_RECIPES.items():
             adapter = LoRAPlan(
                 rank=16, alpha=32.0, targets=AdapterConfig().targets, quantize=quantize
             )
             smaller = replace(workload, plan=replace(workload.plan, adapter=adapter, float8=False))
             least = least_memory(smaller, cluster)
             if least is not None and least.fits:
-                found.append(f"train adapters: adapter.rank=16 adapter.quantize={quantize}")
+                found.append(f"train adapters instead (recipe {recipe})")
                 break
     return found
 

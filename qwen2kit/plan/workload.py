@@ -74,8 +74,11 @@ class Workload:
 
     @property
     def compiled(self) -> bool:
-        """Whether layers are compiled, which is the default on CUDA."""
-        return self.plan.compile is not False
+        """Whether layers are compiled, which is the default on CUDA; NF4 without recomputation
+        is not."""
+        adapter, recompute = self.plan.adapter, self.plan.recompute
+        expands = adapter is not None and adapter.quantize != "none" and recompute == "none"
+        return self.plan.compile is not False and not expands
 
     @property
     def fsdp(self) -> bool:
@@ -89,9 +92,11 @@ class Workload:
 
     @property
     def joint(self) -> bool:
-        """Whether projections of one input are computed as one product."""
-        plain = self.plan.adapter is None and not self.plan.float8
-        return self.compiled and plain and self.degrees.tp == 1
+        """Whether projections of one input are computed as one product, which is not done where
+        the joined weights would be kept beside FSDP's."""
+        plain = self.plan.adapter is None and not self.plan.float8 and self.degrees.tp == 1
+        whole = self.degrees.sharded == 1 or self.plan.recompute != "none"
+        return self.compiled and plain and whole
 
     @property
     def stages(self) -> tuple[Stage, ...]:

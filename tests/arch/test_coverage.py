@@ -19,6 +19,7 @@ FLOORS = {
     "unit/evals": 35,
     "unit/mlx": 30,
     "unit/parity": 12,
+    "unit/plan": 60,
     "unit/spec": 40,
     "unit/tokenizer": 55,
     "unit/torch": 30,
