@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageReader,
     HuggingFaceStorageWriter,
@@ -60,7 +61,7 @@ class BackgroundSave:
         """Block until then; names of the files. Raises OSError."""
         try:
             self._future.result()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:
             raise _disk_error(error) from error
         return tuple(sorted(p.name for p in self._directory.glob(f"{self._prefix}*")))
 
@@ -116,7 +117,9 @@ def restore_state(
         state = _state(parameters, optimizer)
         _check(directory, saved, state, everything)
         load(state, storage_reader=reader, process_group=group, no_dist=group is None)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except (
+        SafetensorError, OSError, ValueError, KeyError, RuntimeError, CheckpointException
+    ) as error:  # fmt: skip
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightError(f"{directory} cannot be read: {reason}") from error
     if not started:

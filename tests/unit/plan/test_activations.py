@@ -135,13 +135,11 @@ def test_head(dtype: str) -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_tensor_parallelism_divides(recompute: Recompute) -> None:
-    whole = workload("qwen2-7b", recompute=recompute)
     divided = workload("qwen2-7b", Degrees(tp=4, dp_shard=2), recompute=recompute)
     sharded = workload("qwen2-7b", Degrees(dp_shard=2), recompute=recompute)
     assert activations.layer_kept(divided, 0) < activations.layer_kept(sharded, 0)
     # Inputs of products are gathered, so no more than a quarter can be saved.
     assert activations.layer_kept(divided, 0) >= activations.layer_kept(sharded, 0) / 8
-    assert activations.layer_kept(sharded, 0) == activations.layer_kept(whole, 0)
 
 
 def test_context_parallelism_divides_all_but_keys_and_values() -> None:
