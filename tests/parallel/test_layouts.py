@@ -70,6 +70,7 @@ def test_packed_and_tied(name: str, tmp_path: Path) -> None:
         ("fsdp2-cp2", Case(tied=True, packed=True, window=9)),
         ("fsdp2-tp2", Case(tied=True, packed=True, plan={"recompute": "full"})),
         ("fsdp2-pp2", Case(packed=True, plan={"recompute": "selective"})),
+        ("tp2", Case(tied=True, packed=True, plan={"compile": True})),
     ],
 )
 def test_other_models_and_plans(name: str, case: Case, tmp_path: Path) -> None:

@@ -108,12 +108,18 @@ class TrainStage(nn.Module):
         mixed = dtype != torch.float32
         with torch.autocast(micro.tokens.device.type, dtype, enabled=mixed):
             if self._place.first:
-                x = self.network.model.embed_tokens(micro.tokens).to(dtype)
+                x = self._embed(micro.tokens)
             x = self._decode(x, self._rope(micro, x), micro.visible)
             if not self._place.last:
                 return x
             x = self.network.model.norm(x)
         return (self._loss(x, micro) * self.scale)[None]
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        x: Tensor = self.network.model.embed_tokens(tokens).to(self._arithmetic.dtype)
+        # Under tensor parallelism this is a reduction in flight, whose type compiled layers
+        # mistake; a copy waits for it.
+        return x.clone() if self._tp > 1 else x
 
     def _decode(
         self, x: Tensor, rope: tuple[Tensor, Tensor], visible: Mapping[int | None, Attend]
