@@ -53,6 +53,8 @@ class Receipt:
             _write_json(self._list, checksums)
         except Exception as error:
             self.error = error
+        except BaseException as error:  # a framework's idea of an exception
+            self.error = RuntimeError(repr(error))
 
 
 def write_state(directory: Path, state: dict[str, Any], processes: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from uuid import uuid4
 
@@ -20,6 +21,8 @@ from qwen2kit.errors import PeerError
 
 # Long enough for a large checkpoint; a scheduler that is less patient kills everything anyway.
 SHUTDOWN_SECONDS = 3600
+# How processes end when another one has failed: by noticing it, or ended by the launcher.
+_FOLLOWERS = (PeerError.exit_code, -signal.SIGTERM)
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -44,7 +47,7 @@ def launch(processes: int, max_restarts: int, program: list[str]) -> int:
         elastic_launch(config, sys.executable)(*program)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        code = next((code for code in codes if code != PeerError.exit_code), codes[0])
+        code = next((code for code in codes if code not in _FOLLOWERS), codes[0])
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval

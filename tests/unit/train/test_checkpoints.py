@@ -136,6 +136,18 @@ def test_a_failed_save_leaves_the_previous_ones(reason: int, late: bool, tmp_pat
     assert not list(store.directory.glob(".*"))
 
 
+def test_a_failure_that_is_no_exception_is_a_failure_too(tmp_path: Path) -> None:
+    store = saved(tmp_path)
+
+    class Broken(Saved):
+        def wait(self) -> tuple[str, ...]:
+            raise BaseException("as torch's checkpoints do")
+
+    with pytest.raises(RuntimeError, match="as torch's checkpoints do"):
+        save(store, 40, 4, lambda directory: Broken(()))
+    assert [path.name for path in store.paths()] == ["step-00000020", "step-00000030"]
+
+
 def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     store = saved(tmp_path)
     save(store, 30, 9, writer("again"))

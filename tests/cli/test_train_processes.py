@@ -1,0 +1,180 @@
+"""``qwen2kit train --nproc`` and ``--auto-resume`` as a user or a scheduler types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_train import refusal, train
+from tests.parallel.runs import TINY, checkpoints, losses, same
+from tests.run_cli import OFFLINE
+
+pytest.importorskip("torch")
+
+ENV = {**os.environ, **OFFLINE}
+
+
+def command(run_dir: Path, *options: str) -> list[str]:
+    return [
+        sys.executable, "-m", "qwen2kit", "train", "tiny", *TINY, "--run-dir", str(run_dir),
+        *options,
+    ]  # fmt: skip
+
+
+def begin(run_dir: Path, *options: str) -> subprocess.Popen[str]:
+    """Start it and wait until it has done ten steps."""
+    process = subprocess.Popen(
+        command(run_dir, *options), stderr=subprocess.PIPE, text=True, env=ENV
+    )
+    deadline = time.monotonic() + 100
+    while len(losses(run_dir)) < 10 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return process
+
+
+def workers(run_dir: Path) -> list[int]:
+    """Process ids of the training processes of a run, which are nobody's launcher."""
+    ps = ["ps", "-ww", "-eo", "pid=,args="]
+    listing = subprocess.run(ps, capture_output=True, text=True, check=True).stdout
+    return [
+        int(line.split()[0])
+        for line in listing.splitlines()
+        if str(run_dir) in line and "-m qwen2kit train" in line
+        and "--nproc" not in line and ".parallel.launch" not in line
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of an undisturbed run of 60 steps on two processes."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = train("tiny", *TINY, "train.steps=60", "--run-dir", run_dir, "--nproc", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["status"], result["step"]) == ("finished", 60)
+    assert (run_dir / "model" / "model.safetensors").is_file()
+    assert done.stderr.count("60 steps, ") == 1
+    return losses(run_dir)
+
+
+def test_a_lost_process_is_started_again(whole: dict[int, float], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    options = ("train.steps=60", "checkpoint.every=4", "--nproc", "2", "--max-restarts", "1")
+    process = begin(run_dir, *options)
+    victims = workers(run_dir)
+    assert len(victims) == 2
+    os.kill(victims[-1], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 0, stderr
+    assert "resuming after step" in stderr
+    assert "Traceback" not in stderr
+    same(losses(run_dir), whole, range(1, 61))
+
+
+def test_a_lost_process_without_restarts_is_one_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = begin(run_dir, "train.steps=100000", "checkpoint.every=4", "--nproc", "2")
+    os.kill(workers(run_dir)[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 6, stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "a training process was killed" in errors[0]
+    assert "Traceback" not in stderr
+
+
+def test_a_signal_to_the_command_saves_and_stops(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = begin(run_dir, "train.steps=100000", "checkpoint.every=0", "--nproc", "2")
+    process.send_signal(signal.SIGUSR1)
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGUSR1, stderr
+    assert stderr.count("stopped by SIGUSR1 after step") == 1
+    assert len(checkpoints(run_dir)) == 1
+    assert workers(run_dir) == []
+
+
+def test_an_error_on_all_is_said_once(tmp_path: Path) -> None:
+    done = train(
+        "tiny", *TINY, "train.lr=1e30", "train.schedule.kind=constant", "train.steps=30",
+        "train.optimizer.max_grad_norm=0.0", "--run-dir", tmp_path / "run", "--nproc", "2",
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "loss is nan" in errors[0]
+    assert "Traceback" not in done.stderr
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "failed"
+
+
+def test_auto_resume_starts_continues_and_leaves_alone(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = ("tiny", *TINY, "train.steps=6", "--run-dir", run_dir, "--auto-resume", "--json")
+    process = begin(run_dir, "train.steps=100000", "checkpoint.every=2", "--auto-resume")
+    process.kill()
+    process.communicate()
+    assert "differs from that of" in refusal(*args[:-1])
+    done = train("--resume", run_dir, "train.steps=100", "--allow-changes")
+    assert done.returncode == 0, done.stderr
+    again = ("tiny", *TINY, "train.steps=100", "checkpoint.every=2", *args[-4:])
+    before = (run_dir / "run.json").read_bytes()
+    done = train(*again)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "finished"
+    assert (run_dir / "run.json").read_bytes() == before
+    # A start that got no further than its own folder counts as no start.
+    half = tmp_path / "half"
+    (half / "start").mkdir(parents=True)
+    done = train(*args[:-4], "--run-dir", half, "--auto-resume")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(half)) == 6
+
+
+def test_refusals(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    cases = {
+        "--auto-resume needs --run-dir": ("tiny", "--auto-resume"),
+        "is not a run directory": (
+            "tiny", *TINY, "--auto-resume", "--run-dir", tmp_path / "other",
+        ),
+        "--max-restarts needs --nproc": ("tiny", "--max-restarts", "2"),
+        "2 processes cannot be divided by tp=3 = 3": (
+            "tiny", *TINY, "parallel.tp=3", "--nproc", "2",
+        ),
+        "is not empty": ("tiny", *TINY, "--nproc", "2", "--run-dir", tmp_path / "other"),
+    }  # fmt: skip
+    for message, args in cases.items():
+        assert message in refusal(*args)
+
+
+def test_a_full_disk_stops_with_one_line_and_keeps_what_is_there(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = train("tiny", *TINY, "train.steps=4", "checkpoint.every=2", "--run-dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    size = max(f.stat().st_size for f in (run_dir / "checkpoints").rglob("*.safetensors"))
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen2kit", "train", "--resume", run_dir, "train.steps=9",
+         "--allow-changes"],
+        preexec_fn=small_files, capture_output=True, text=True, env=ENV, check=False,
+    )  # fmt: skip
+    assert done.returncode == 6, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "cannot save step 6 in" in last
+    assert "no space left on the disk; step-00000004 is intact" in last
+    assert "Traceback" not in done.stderr
+    assert checkpoints(run_dir) == [2, 4]
+    assert not list((run_dir / "checkpoints").glob(".*"))
