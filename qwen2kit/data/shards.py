@@ -72,13 +72,14 @@ class Shard:
         return tokens, bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
 
     def _read(self, descriptor: int, suffix: str, offset: int, count: int) -> bytes:
-        path = self._base.with_suffix(suffix)
         try:
             data = os.pread(descriptor, count, offset)
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
+            raise DataError(f"{self._base}{suffix} cannot be read: {error.strerror}") from None
         if len(data) != count:
-            raise DataError(f"{path} ends too early; check it with `qwen2kit data verify`")
+            raise DataError(
+                f"{self._base}{suffix} ends too early; check it with `qwen2kit data verify`"
+            )
         return data
 
 
