@@ -232,7 +232,7 @@ def test_nan_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -
     assert json.loads(done.stdout)["skipped"] >= 1
 
 
-@pytest.mark.parametrize("recipe", ["pretrain", "sft", "sft-small"])
+@pytest.mark.parametrize("recipe", ["pretrain", "long-context", "sft", "sft-small"])
 def test_the_other_shipped_recipes_run_scaled_down(recipe: str, tmp_path: Path) -> None:
     checkpoint = tmp_path / "base"
     write_tiny_checkpoint(checkpoint, max_position_embeddings=256)
@@ -253,7 +253,9 @@ def test_the_other_shipped_recipes_run_scaled_down(recipe: str, tmp_path: Path) 
     data.write_text(json.dumps(rows))
     overrides = [f"data.paths=['{data}']", "train.steps=2", "seq_len=128", "dtype=float32"]
     overrides += ["train.batch_rows=4", "train.micro_batch_rows=2", f"output_dir={tmp_path}"]
-    if recipe == "pretrain":
+    if recipe == "long-context":
+        overrides += ["model.max_position_embeddings=128", "long.fraction=0.5", "long.seq_len=256"]
+    if recipe in ("pretrain", "long-context"):
         overrides += ["model.preset=tiny", f"model.tokenizer={checkpoint}", "eval.fraction=0.2"]
     else:
         overrides += [f"model.checkpoint={checkpoint}"]
