@@ -70,7 +70,7 @@ class FrozenLinear(Linear):
         """``[..., inputs] -> [..., outputs]``."""
         narrow = x.to(self.dtype)
         if self.nf4:
-            out = nf4_linear(narrow, self.weight, self.absmax, self.bias, self.shape)
+            out = nf4_linear(narrow, self.weight, self.absmax, self.bias, self.out_features)
         else:
             out = F.linear(narrow, self.weight, self.bias)
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)

@@ -8,8 +8,9 @@ layout are those of bitsandbytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from math import prod
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qwen2kit.errors import BackendError
 
@@ -83,52 +83,74 @@ def dequantize(
     packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """The matrix of ``shape``: code times ``absmax`` in float32, rounded once to ``dtype``."""
-    pairs = F.embedding(packed.int(), _pair_table(packed.device))
+    if packed.is_cuda and _has_triton():
+        from qwen2kit_torch.lora_nf4_kernel import dequantize as in_one_pass
+
+        return in_one_pass(packed, absmax, _values(packed.device), dtype).view(shape)
+    pairs = F.embedding(packed.int(), _pairs(packed.device))
     return (pairs.view(-1, BLOCK) * absmax[:, None]).view(shape).to(dtype)
 
 
 def nf4_linear(
-    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: tuple[int, ...]
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, outputs: int
 ) -> Tensor:
     """``x @ weight.T + bias`` in the dtype of ``x``, differentiable with respect to ``x`` alone.
 
-    The dense weight exists during the product only: it is made again for the backward pass.
+    The dense weight ``[outputs, x.shape[-1]]`` exists during a product only: it is made again for
+    the backward pass. To compilers this is one operator; if they saw inside, they would find the
+    same weight in both passes and keep it.
     """
-    apply: Callable[..., Tensor] = _Product.apply
-    return apply(x, packed, absmax, bias, shape)
+    product: Tensor = _product(x, packed, absmax, bias, outputs)
+    return product
 
 
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        packed: Tensor,
-        absmax: Tensor,
-        bias: Tensor | None,
-        shape: tuple[int, ...],
-    ) -> Tensor:
-        ctx.save_for_backward(packed, absmax)
-        ctx.shape = shape
-        return F.linear(x, dequantize(packed, absmax, shape, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        packed, absmax = ctx.saved_tensors
-        weight = dequantize(packed, absmax, ctx.shape, grad.dtype)
-        return grad @ weight, None, None, None, None
+@torch.library.custom_op("qwen2kit::nf4_linear", mutates_args=())
+def _product(
+    x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, outputs: int
+) -> Tensor:
+    return F.linear(x, dequantize(packed, absmax, (outputs, x.shape[-1]), x.dtype), bias)
 
 
-def _pair_table(device: torch.device) -> Tensor:
-    # A compiled graph keeps the table as a constant of its own.
-    return _build_pairs(device) if torch.compiler.is_compiling() else _cached_pairs(device)
+@torch.library.custom_op("qwen2kit::nf4_linear_backward", mutates_args=())
+def _gradient(slope: Tensor, packed: Tensor, absmax: Tensor, inputs: int) -> Tensor:
+    return slope @ dequantize(packed, absmax, (slope.shape[-1], inputs), slope.dtype)
 
 
-def _build_pairs(device: torch.device) -> Tensor:
+@_product.register_fake
+def _(x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
+
+
+@_gradient.register_fake
+def _(slope: Tensor, packed: Tensor, absmax: Tensor, inputs: int) -> Tensor:
+    return slope.new_empty(*slope.shape[:-1], inputs)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, _, _ = inputs
+    ctx.save_for_backward(packed, absmax)
+    ctx.inputs = x.shape[-1]
+
+
+def _backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradient(slope, *ctx.saved_tensors, ctx.inputs), None, None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_remember)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _values(device: torch.device) -> Tensor:
+    return torch.tensor(CODEBOOK, device=device)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
     """``[256, 2]`` float32: the two values of every byte."""
-    bytes_ = torch.arange(256)
-    return torch.tensor(CODEBOOK)[torch.stack([bytes_ >> 4, bytes_ & 15], -1)].to(device)
-
-
-_cached_pairs = cache(_build_pairs)
+    bytes_ = torch.arange(256, device=device)
+    return _values(device)[torch.stack([bytes_ >> 4, bytes_ & 15], -1)]

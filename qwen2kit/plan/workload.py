@@ -74,11 +74,8 @@ class Workload:
 
     @property
     def compiled(self) -> bool:
-        """Whether layers are compiled, which is the default on CUDA; NF4 without recomputation
-        is not."""
-        adapter, recompute = self.plan.adapter, self.plan.recompute
-        expands = adapter is not None and adapter.quantize != "none" and recompute == "none"
-        return self.plan.compile is not False and not expands
+        """Whether layers are compiled, which is the default on CUDA."""
+        return self.plan.compile is not False
 
     @property
     def fsdp(self) -> bool:

@@ -61,9 +61,6 @@ def build(
     places = stages(spec, mesh.size("pp"))
     place = places[mesh.rank("pp")]
     compiled = device.type == "cuda" if plan.compile is None else plan.compile
-    if plan.adapter is not None and plan.adapter.quantize != "none" and plan.recompute == "none":
-        # Compiled, every layer's dequantised weights would be kept for the backward pass.
-        compiled = False
     prune(network, place)
     if plan.adapter is not None:
         add_lora(network, plan.adapter, dtype=dtype)

@@ -148,7 +148,7 @@ def test_product_and_gradient_are_those_of_the_dense_weight(dtype: Any, bias: bo
     offset = matrix(96, seed=1).to(dtype) if bias else None
     x = matrix(2, 5, 64, seed=2).to(dtype)
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    found = nf4_linear(mine, packed, absmax, offset, shape)
+    found = nf4_linear(mine, packed, absmax, offset, 96)
     expected = torch.nn.functional.linear(theirs, dense, offset)
     assert torch.equal(found, expected)
     slope = matrix(2, 5, 96, seed=3).to(dtype)
@@ -160,9 +160,44 @@ def test_product_and_gradient_are_those_of_the_dense_weight(dtype: Any, bias: bo
 def test_its_gradient_is_the_numerical_one() -> None:
     packed, absmax = quantize(matrix(8, 16))
     x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda value: nf4_linear(value, packed, absmax, None, (8, 16)), (x,)
-    )
+    assert torch.autograd.gradcheck(lambda value: nf4_linear(value, packed, absmax, None, 8), (x,))
+
+
+def test_it_is_a_well_behaved_operator() -> None:
+    """Its fake, its autograd and its behaviour under tracing, by PyTorch's own checker."""
+    packed, absmax = quantize(matrix(96, 64))
+    bias = matrix(96, seed=1)
+    for leading in ((5,), (2, 3)):
+        x = matrix(*leading, 64, seed=2).requires_grad_()
+        for offset in (bias, None):
+            operator = torch.ops.qwen2kit.nf4_linear.default
+            torch.library.opcheck(operator, (x, packed, absmax, offset, 96))
+
+
+def test_a_compiler_cannot_keep_the_dense_weight() -> None:
+    """What a compiled layer saves for its backward pass is what the plain one saves."""
+    packed, absmax = quantize(matrix(256, 256))
+
+    def saved(function: Any) -> int:
+        kept: dict[int, int] = {}
+
+        def note(tensor: Any) -> Any:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = matrix(4, 256).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            function(x).sum().backward()
+        return sum(kept.values())
+
+    def layer(x: Any) -> Any:
+        return torch.nn.functional.silu(nf4_linear(x, packed, absmax, None, 256))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition")
+    dense = 256 * 256 * 4
+    assert saved(compiled) <= saved(layer) < dense
 
 
 def test_the_dense_weight_is_not_kept_for_the_backward_pass() -> None:
@@ -175,7 +210,7 @@ def test_the_dense_weight_is_not_kept_for_the_backward_pass() -> None:
 
     x = matrix(1, 256).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        nf4_linear(x, packed, absmax, None, (256, 256))
+        nf4_linear(x, packed, absmax, None, 256)
     assert sum(kept) <= 256 * 256 // 2 + 256 * 256 // 64 * 4
 
 
