@@ -196,18 +196,33 @@ class EvalConfig:
 
 @node
 class LoggingConfig:
-    """What to show and store.
+    """What to show and store; ``metrics.jsonl`` is always written.
 
     Attributes:
         every: steps between lines of ``metrics.jsonl`` and updates of the live table.
-        plot: write ``loss.png`` when matplotlib is installed.
+        plot: write ``loss.png`` and ``report.html`` when matplotlib is installed.
+        tensorboard: write event files to ``tensorboard/`` of the run directory.
+        wandb: project at Weights & Biases (``WANDB_MODE=offline`` works too).
+        mlflow: experiment at the MLflow server (or folder) that ``MLFLOW_TRACKING_URI`` names.
+        profile_steps: first and last step to record; traces go to ``profile/``.
     """
 
     every: int = 1
     plot: bool = True
+    tensorboard: bool = False
+    wandb: str | None = None
+    mlflow: str | None = None
+    profile_steps: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        check((self.every >= 1, f"every must be at least 1, got {self.every}"))
+        first, last = self.profile_steps or (1, 1)
+        check(
+            (self.every >= 1, f"every must be at least 1, got {self.every}"),
+            (
+                1 <= first <= last,
+                f"profile_steps must be the first and the last step, got {self.profile_steps}",
+            ),
+        )
 
 
 @node

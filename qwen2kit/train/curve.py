@@ -1,4 +1,4 @@
-"""The loss curve as a picture, and as one line of block characters."""
+"""The curves of a run as a picture, and as one line of block characters."""
 
 from __future__ import annotations
 
@@ -23,29 +23,43 @@ def sparkline(values: Sequence[float], width: int = 48) -> str:
     return "".join(_BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def plot_loss(path: Path, records: Sequence[Record], title: str) -> bool:
-    """Write the loss curve as a PNG; False if matplotlib is not installed.
+def plot_run(path: Path, records: Sequence[Record], title: str) -> bool:
+    """Write the curves of a run as a PNG; False if matplotlib is not installed.
+
+    Three panels over the steps: loss (training and held-out, nats per token), gradient norm with
+    learning rate, tokens per second.
 
     Args:
         path: the ``.png`` to write.
         records: contents of ``metrics.jsonl``.
-        title: shown above the curve.
+        title: shown above the curves.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    steps = [r for r in records if r["event"] == "step" and r["loss"] is not None]
-    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="training")
-    evals = [r for r in records if r["event"] == "eval" and r.get("loss") is not None]
-    if evals:
-        axes.plot([r["step"] for r in evals], [r["loss"] for r in evals], "o-", label="held-out")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    loss, norm, speed = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+    loss.plot(*_points(records, "step", "loss"), lw=0.8, label="training")
+    if any(record["event"] == "eval" for record in records):
+        loss.plot(*_points(records, "eval", "loss"), "o-", label="held-out")
+    loss.set(ylabel="loss (nats per token)", title=title)
+    loss.legend()
+    norm.plot(*_points(records, "step", "grad_norm"), lw=0.8)
+    norm.set(ylabel="gradient norm")
+    rate = norm.twinx()
+    rate.plot(*_points(records, "step", "lr"), color="tab:orange", lw=0.8)
+    rate.set_ylabel("learning rate", color="tab:orange")
+    speed.plot(*_points(records, "step", "tokens_per_second"), lw=0.8)
+    speed.set(xlabel="step", ylabel="tokens / s")
+    for axes in (loss, norm, speed):
+        axes.grid(alpha=0.3)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)
     return True
+
+
+def _points(records: Sequence[Record], event: str, field: str) -> tuple[list[int], list[float]]:
+    found = [r for r in records if r["event"] == event and r.get(field) is not None]
+    return [r["step"] for r in found], [r[field] for r in found]

@@ -92,6 +92,7 @@ class LiveTable:
             "lr": f"{last['lr']:.2e}",
             "grad norm": f"{last['grad_norm']:.2f}",
             "tokens/s": f"{last['tokens_per_second']:,.0f}",
+            **_hardware_cells(last),
             "ETA": clock(last["eta_seconds"]),
             **self._evals,
         }
@@ -105,6 +106,15 @@ class LiveTable:
             table.add_column(name, justify="right")
         table.add_row(*cells.values())
         return table
+
+
+def _hardware_cells(record: Record) -> dict[str, str]:
+    cells = {}
+    if record.get("mfu") is not None:
+        cells["MFU"] = f"{100 * record['mfu']:.1f} %"
+    if record.get("memory_bytes") is not None:
+        cells["memory"] = f"{record['memory_bytes'] / 2**30:.1f} GiB"
+    return cells
 
 
 def eval_cells(record: Record) -> dict[str, str]:

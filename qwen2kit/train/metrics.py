@@ -49,10 +49,14 @@ class JsonlSink:
 
 
 class Sinks:
-    """Several sinks as one."""
+    """Several sinks as one; more may join later."""
 
-    def __init__(self, sinks: Iterable[Sink]) -> None:
-        self._sinks = tuple(sinks)
+    def __init__(self, sinks: Iterable[Sink] = ()) -> None:
+        self._sinks = list(sinks)
+
+    def add(self, sink: Sink) -> None:
+        """Let ``sink`` have every record from now on."""
+        self._sinks.append(sink)
 
     def write(self, record: Record) -> None:
         """Hand ``record`` to every sink."""

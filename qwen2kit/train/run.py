@@ -7,6 +7,7 @@ Every process of a run calls the same function; process 0 prepares the run direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from qwen2kit.train.run_dir import (
 )
 from qwen2kit.train.runner import Runner
 from qwen2kit.train.setup import build_origin, join
+from qwen2kit.train.trackers import check_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +51,7 @@ def start(
         Qwen2KitError: of the kind that says what is wrong; ``run.json`` then says ``failed``.
         PeerError: another process failed, and says so itself.
     """
-    processes = join(config)
+    processes = _join(config)
     directory = Path(on_first(processes, lambda: _new_run(config, run_dir, processes)))
     return _runner(config, directory, processes, console).run(resuming=False)
 
@@ -74,7 +76,7 @@ def resume(
     """
     stored = read_run(run_dir)
     config = config or recipe_of(run_dir)
-    processes = join(config)
+    processes = _join(config)
     together(processes, lambda: _check_resumable(run_dir, stored, config, allow_changes))
     return _runner(config, run_dir, processes, console).run(resuming=True)
 
@@ -90,7 +92,7 @@ def start_or_resume(
         ConfigError: ``run_dir`` holds something else, or a run of another recipe.
         Qwen2KitError: as `start` and `resume`.
     """
-    processes = join(config)
+    processes = _join(config)
     fresh = on_first(processes, lambda: is_fresh(run_dir))
     if fresh:
         on_first(processes, lambda: _new_run(config, run_dir, processes))
@@ -119,6 +121,13 @@ def check_new(run_dir: Path) -> None:
     """Raise ConfigError if a new run cannot begin in ``run_dir``."""
     if not is_fresh(run_dir):
         raise ConfigError(f"{run_dir} is not empty; choose another --run-dir or use --resume")
+
+
+def _join(config: RunConfig) -> Processes:
+    """The processes of the run; process 0 must have what it is to write with."""
+    processes = join(config)
+    on_first(processes, partial(check_trackers, config.logging))
+    return processes
 
 
 def _new_run(config: RunConfig, run_dir: Path | None, processes: Processes) -> str:

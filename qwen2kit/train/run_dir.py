@@ -1,8 +1,9 @@
 """A run directory: where its parts are, what ``run.json`` says, how a run ended.
 
-``run.json`` (status, frozen recipe, final figures), ``metrics.jsonl``, ``loss.png``, ``start/``
-(config.json and tokenizer that a resume needs), ``checkpoints/``, ``initial/`` (if asked for) and,
-once finished, ``model/`` in Hugging Face layout.
+``run.json`` (status, frozen recipe, final figures), ``metrics.jsonl``, ``loss.png``,
+``report.html``, ``start/`` (config.json and tokenizer that a resume needs), ``checkpoints/`` and,
+once finished, ``model/`` in Hugging Face layout (or an adapter). If asked for: ``initial/`` (the
+untrained model), ``profile/`` (traces), ``tensorboard/``, ``wandb/``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qwen2kit.weights.safetensors_write import sync_directory, write_text_atomic
 SCHEMA_VERSION = 1
 RUN_FILE, METRICS_FILE, CURVE_FILE = "run.json", "metrics.jsonl", "loss.png"
 START_DIR, CHECKPOINT_DIR, INITIAL_DIR, MODEL_DIR = "start", "checkpoints", "initial", "model"
-PROFILE_DIR = "profile"
+PROFILE_DIR, REPORT_FILE = "profile", "report.html"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,19 +19,22 @@ from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError
 from qwen2kit.spec.counts import train_flops_per_token
 from qwen2kit.train.agreement import numbered, together
 from qwen2kit.train.checkpoints import CheckpointStore
-from qwen2kit.train.curve import plot_loss
+from qwen2kit.train.curve import plot_run
 from qwen2kit.train.evaluate import Evaluator
 from qwen2kit.train.export import export_model
 from qwen2kit.train.live import LiveTable
 from qwen2kit.train.metrics import JsonlSink, Sinks, read_records
 from qwen2kit.train.pace import Pace
 from qwen2kit.train.phases import Phase, following, phases
+from qwen2kit.train.report import write_report
 from qwen2kit.train.run_dir import (
     CHECKPOINT_DIR,
     CURVE_FILE,
     INITIAL_DIR,
     METRICS_FILE,
     MODEL_DIR,
+    PROFILE_DIR,
+    REPORT_FILE,
     RunResult,
     read_run,
     write_run,
@@ -42,10 +45,12 @@ from qwen2kit.train.setup import (
     build_data,
     compile_model,
     initial_checkpoint,
+    peak_of,
     total_steps,
     training_backend,
 )
 from qwen2kit.train.signals import StopRequest
+from qwen2kit.train.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -80,6 +85,8 @@ class Runner:
         self._store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep, processes)
         self._provenance = freeze(config, self._backend.versions())
         self._jsonl = JsonlSink(run_dir / METRICS_FILE)
+        self._sinks = Sinks([self._jsonl] if self._first else [])
+        self._trackers: list[Tracker] | None = None
         self._screen: LiveTable | None = None
         self._session: Session | None = None
 
@@ -102,6 +109,9 @@ class Runner:
             if isinstance(self._backend, DistributedBackend) and self._backend.lost_process(error):
                 raise PeerError(f"lost another process: {error}") from error
             raise
+        finally:
+            for tracker in self._trackers or ():
+                tracker.close()
         self._processes.close()
         return result
 
@@ -133,6 +143,7 @@ class Runner:
         if restored is None:
             self._enter(self._phases[0])
             self._keep_records(-1)
+            self._track(0)
             self._begin()
             return
         for warning in restored.warnings:
@@ -143,6 +154,7 @@ class Runner:
             self._note(f"step {step}: rows of {self.session.phase.config.seq_len} tokens from now")
         else:
             self._keep_records(step)
+            self._track(step)
             self._note(f"resuming after step {step} of {self.session.total} ({restored.path.name})")
 
     def _read(self, path: Path, state: dict[str, Any]) -> None:
@@ -175,6 +187,7 @@ class Runner:
         total = total_steps(self._config, data.train)
         if self._screen is None and self._console is not None:
             self._screen = LiveTable(self._console, total, config.name)
+            self._sinks.add(self._screen)
         self._session = Session(
             phase,
             total,
@@ -183,18 +196,21 @@ class Runner:
             evaluator=Evaluator(config, tokenizer, data.held_out),
             store=self._store,
             processes=self._processes,
-            sink=self._sink(),
+            sink=self._sinks,
             pace=self._pace(phase),
+            profile_dir=self._run_dir / PROFILE_DIR,
         )
         return self._session
 
-    def _sink(self) -> Sinks:
-        if not self._first:
-            return Sinks([])
-        return Sinks([self._jsonl] if self._screen is None else [self._jsonl, self._screen])
+    def _track(self, step: int) -> None:
+        """Open the trackers, once, for a run that goes on after ``step``."""
+        if self._first and self._trackers is None:
+            self._trackers = open_trackers(self._config, self._run_dir, step, self._note)
+            for tracker in self._trackers:
+                self._sinks.add(tracker)
 
     def _pace(self, phase: Phase) -> Pace:
-        peak = None
+        peak = peak_of(self._backend, phase.config, self._processes.world)
         return Pace(train_flops_per_token(phase.spec, phase.config.seq_len), peak)
 
     def _conclude(self, stopped: str | None) -> RunResult:
@@ -204,12 +220,18 @@ class Runner:
             self._export(MODEL_DIR)
         session.close()
         result = self._result(stopped)
-        if self._first and config.logging.plot:
-            records = [*read_records(self._run_dir / METRICS_FILE)]
-            plot_loss(self._run_dir / CURVE_FILE, records, config.name)
         values = result.to_json()
         self._write(values.pop("status"), **values)
+        if self._first and config.logging.plot:
+            self._draw(result)
         return result
+
+    def _draw(self, result: RunResult) -> None:
+        records = [*read_records(self._run_dir / METRICS_FILE)]
+        picture = self._run_dir / CURVE_FILE
+        if plot_run(picture, records, self._config.name):
+            page = self._run_dir / REPORT_FILE
+            write_report(page, picture, result.to_json(), self._provenance)
 
     def _result(self, stopped: str | None) -> RunResult:
         session = self.session

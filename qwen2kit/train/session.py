@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from qwen2kit.backend.processes import Processes
@@ -16,6 +17,7 @@ from qwen2kit.train.loop import Cadence, Progress, run_loop
 from qwen2kit.train.metrics import Sink
 from qwen2kit.train.pace import Pace
 from qwen2kit.train.phases import Phase
+from qwen2kit.train.profiling import StepProfiler
 from qwen2kit.train.schedule import learning_rate
 from qwen2kit.train.setup import RunData
 from qwen2kit.train.signals import StopRequest
@@ -36,6 +38,7 @@ class Session:
     Args:
         phase: its recipe and its steps.
         total: steps of the whole run.
+        profile_dir: folder for traces of the steps that the recipe wants recorded.
 
     Attributes:
         progress: step, tokens and skipped steps so far.
@@ -55,6 +58,7 @@ class Session:
         processes: Processes,
         sink: Sink,
         pace: Pace,
+        profile_dir: Path,
     ) -> None:
         self.phase = phase
         self.total = total
@@ -68,6 +72,8 @@ class Session:
         self._processes = processes
         self._sink = sink
         self._pace = pace
+        steps = phase.config.logging.profile_steps
+        self._profiler = StepProfiler(model, profile_dir, steps)
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Initial weights: those of ``checkpoint``, or fresh ones by the recipe's seed."""
@@ -131,7 +137,8 @@ class Session:
             raise
 
     def starting(self, step: int) -> None:
-        """Nothing to prepare."""
+        """Tell the profiler."""
+        self._profiler.starting(step)
 
     def attend(self, stop_requested: bool) -> bool:
         """One round of votes per step; a second one only while a checkpoint is in flight."""
@@ -155,7 +162,8 @@ class Session:
         self._store.begin(progress.step, state, self.model.save_state)
 
     def finish(self) -> None:
-        """Wait for the checkpoint in flight."""
+        """Wait for the checkpoint in flight; write what was being recorded."""
+        self._profiler.close()
         self._store.finish()
 
     def rewind(self, progress: Progress, loss: float) -> None:

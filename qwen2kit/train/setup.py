@@ -21,6 +21,7 @@ from qwen2kit.data.open_data import DataOpener
 from qwen2kit.data.row_source import RowLayout, RowSource, RowTable, TableSource
 from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.plan.degrees import Degrees
+from qwen2kit.plan.hardware import peak_flops
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.presets import preset
 from qwen2kit.tokenizer.bpe import Tokenizer
@@ -163,6 +164,15 @@ def compile_model(
 def degrees(config: RunConfig, world: int) -> Degrees:
     """The recipe's mesh on ``world`` processes. Raises ConfigError if they do not fit."""
     return Degrees(**asdict(config.parallel)).fill(world)
+
+
+def peak_of(backend: Backend, config: RunConfig, world: int) -> float | None:
+    """FLOP/s that all processes together could do in dense matrix products; None if unknown."""
+    devices = backend.devices()
+    device = next((d for d in devices if d.name == config.device), devices[0])
+    dtype = "bfloat16" if config.dtype == "auto" else config.dtype
+    peak = peak_flops(device.kind, dtype)
+    return None if peak is None else peak * world
 
 
 def execution_plan(config: RunConfig, parallel: Degrees | None = None) -> ExecutionPlan:

@@ -175,6 +175,7 @@ def test_bad_options(
         (["eval", "{good}", "--tasks", "mmlu"], "lm_eval", "'qwen2kit[eval]'"),
         (["train"], "torch,mlx", "pip install"),
         (["demo"], "torch,mlx", "pip install"),
+        (["train", "tiny", "logging.tensorboard=true"], "tensorboard", "'qwen2kit[tensorboard]'"),
     ],
 )
 def test_missing_extras(args: list[str], hide: str, says: str, good: Path, tmp_path: Path) -> None:

@@ -26,9 +26,20 @@ def test_figures_are_shown(terminal: bool) -> None:
         table.write({"event": "eval", "step": 0, "loss": 5.5, "exact_match": 0.123})
         table.write(step(1))
         table.write(step(2, None))
-        table.write(step(10, 1.0))
+        table.write(step(10, 1.0) | {"mfu": 0.417, "memory_bytes": 3 << 30})
     text = screen.getvalue()
-    for part in ("10/10", "1.5000", "3.00e-04", "1.25", "12,346", "1:15", "5.5000", "12.3 %"):
+    for part in (
+        "10/10",
+        "1.5000",
+        "3.00e-04",
+        "1.25",
+        "12,346",
+        "1:15",
+        "5.5000",
+        "12.3 %",
+        "41.7 %",
+        "3.0 GiB",
+    ):
         assert part in text
     assert ("training tiny" in text) == terminal
 

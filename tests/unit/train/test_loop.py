@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from base64 import b64encode
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import pytest
 from qwen2kit.backend.protocol import StepMetrics
 from qwen2kit.config.train_tree import RewindSpikes, SkipSpikes, TrainConfig
 from qwen2kit.errors import TrainingError
-from qwen2kit.train.curve import plot_loss, sparkline
+from qwen2kit.train.curve import plot_run, sparkline
 from qwen2kit.train.guard import Guard
 from qwen2kit.train.loop import Cadence, Progress, run_loop
 from qwen2kit.train.metrics import JsonlSink, Sinks, read_records
 from qwen2kit.train.pace import Pace
+from qwen2kit.train.report import write_report
 from qwen2kit.train.signals import StopRequest
 
 
@@ -229,9 +231,25 @@ def test_sparkline_and_plot(tmp_path: Path) -> None:
     assert sparkline([1.0] * 5) == "▁▁▁▁▁"
     assert len(sparkline(list(range(1000)), width=20)) == 20
     pytest.importorskip("matplotlib")
-    records: list[dict[str, Any]] = [
-        {"event": "step", "step": i, "loss": None if i == 3 else 1 / i} for i in range(1, 9)
+    steps = [
+        {
+            "event": "step",
+            "step": i,
+            "loss": None if i == 3 else 1 / i,
+            "lr": 1e-3,
+            "grad_norm": 1.0,
+        }
+        for i in range(1, 9)
     ]
-    records.append({"event": "eval", "step": 8, "loss": 0.2})
-    assert plot_loss(tmp_path / "loss.png", records, "x")
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    picture = tmp_path / "loss.png"
+    assert plot_run(picture, [*steps, {"event": "eval", "step": 8, "loss": 0.2}], "x")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    page = tmp_path / "report.html"
+    figures = {"tokens": 12, "after": {"loss": 0.2}, "signal": None}
+    write_report(page, picture, figures, {"config": {"name": "<tiny>"}})
+    text = page.read_text()
+    assert "<th>after loss</th><td>0.2</td>" in text
+    assert b64encode(picture.read_bytes()).decode() in text
+    assert "&lt;tiny&gt;" in text
+    assert "<tiny>" not in text
+    assert "http" not in text  # nothing is loaded from elsewhere
