@@ -24,6 +24,7 @@ from qwen2kit.errors import ConfigError, DataError
 from qwen2kit.spec.counts import count_params
 from qwen2kit_evals.chat import render
 from qwen2kit_evals.generation import continue_prompts, decoding
+from qwen2kit_evals.request_log import RequestLog
 
 DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_GEN_TOKS = 256
@@ -43,6 +44,9 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: generated tokens where a task names no limit.
         prefix_token_id: what an empty context becomes; default ``<|endoftext|>``.
         seed: of sampling tasks.
+
+    Attributes:
+        log: answers known from an interrupted run, and where new ones are written.
 
     Raises:
         Qwen2KitError: the model cannot be loaded, or an argument is unknown or out of range.
@@ -77,6 +81,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self.max_gen_toks = int(max_gen_toks)
         self.seed = int(seed)
         self.truncated = 0
+        self.log = RequestLog()
         self._prefix_token_id = prefix_token_id
 
     @classmethod
@@ -124,11 +129,15 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
         wanted = [self._score_request(request) for request in requests]
-        answers: list[tuple[float, bool] | None] = [None] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Scoring") as bar:
-            for index, score in self.loaded.model.score(wanted):
-                answer = (score.logprob, score.is_greedy)
-                answers[index] = answer
+        keys = self.log.score_keys(wanted)
+        answers = [None if (known := self.log.find(key)) is None else tuple(known) for key in keys]
+        open_ = [index for index, answer in enumerate(answers) if answer is None]
+        done = len(requests) - len(open_)
+        with tqdm(total=len(requests), initial=done, disable=disable_tqdm, desc="Scoring") as bar:
+            for position, score in self.loaded.model.score([wanted[index] for index in open_]):
+                index = open_[position]
+                answers[index] = answer = (score.logprob, score.is_greedy)
+                self.log.add(keys[index], answer)
                 if (texts := requests[index][0]) is not None:
                     self.cache_hook.add_partial("loglikelihood", texts, answer)
                 bar.update()
@@ -188,17 +197,22 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         for index, request in enumerate(requests):
             key = json.dumps(request.args[1], sort_keys=True, default=str)
             groups.setdefault(key, []).append(index)
-        answers = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Generating") as bar:
+        keys = self.log.text_keys((r.args for r in requests), [self.seed, self.max_gen_toks])
+        answers: list[str | None] = [self.log.find(key) for key in keys]
+        done = len(requests) - answers.count(None)
+        with tqdm(
+            total=len(requests), initial=done, disable=disable_tqdm, desc="Generating"
+        ) as bar:
             for group in groups.values():
-                for index, text in self._generate_group(requests, group):
+                for index, text in self._generate_group(requests, group, answers):
                     answers[index] = text
+                    self.log.add(keys[index], text)
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                     bar.update()
-        return answers
+        return cast(list[str], answers)
 
     def _generate_group(
-        self, requests: Sequence[Instance], group: Sequence[int]
+        self, requests: Sequence[Instance], group: Sequence[int], known: Sequence[str | None]
     ) -> Iterator[tuple[int, str]]:
         gen_kwargs = requests[group[0]].args[1]
         prompts = {index: self.tok_encode(requests[index].args[0]) for index in group}
@@ -218,8 +232,10 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
                     f"{how.sampling.max_new_tokens} tokens to generate leave no room for a prompt "
                     f"in a context of {self.max_length}; lower max_gen_toks"
                 )
-            cut = [self._fit_prompt(prompts[index], room) for index in batch]
-            yield from zip(batch, continue_prompts(self.loaded, cut, how), strict=True)
+            cut = {index: self._fit_prompt(prompts[index], room) for index in batch}
+            if left := [index for index in batch if known[index] is None]:
+                texts = continue_prompts(self.loaded, [cut[index] for index in left], how)
+                yield from zip(left, texts, strict=True)
 
     def _fit_prompt(self, prompt: list[int], room: int) -> list[int]:
         self.truncated += len(prompt) > room

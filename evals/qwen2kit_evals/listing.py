@@ -9,6 +9,7 @@ from typing import Any
 from lm_eval.tasks import TaskManager
 
 from qwen2kit_evals.local_data import LocalData
+from qwen2kit_evals.suites import load_suite, suite_names
 from qwen2kit_evals.task_fit import local_name
 from qwen2kit_evals.tasks import leaf_configs
 
@@ -66,3 +67,47 @@ def _present(config: Mapping[str, Any], data: LocalData) -> str | None:
         return None
     chosen = config.get("dataset_name")
     return name if chosen is None or chosen in data.configs(name) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteOffer:
+    """One benchmark of a suite and its data.
+
+    Attributes:
+        suite, benchmark, shots, prompt, parser, metric: as in the suite.
+        task: the lm-eval task; empty if there is none.
+        data: Hub data sets that it reads.
+        missing: those of them that are absent.
+        why: why there is no task.
+    """
+
+    suite: str
+    benchmark: str
+    shots: int
+    prompt: str
+    parser: str
+    metric: str
+    task: str
+    data: tuple[str, ...]
+    missing: tuple[str, ...]
+    why: str
+
+
+def suite_offers(data: LocalData) -> tuple[SuiteOffer, ...]:
+    """Every benchmark of every suite, in order, with what ``data`` lacks for it."""
+    return tuple(
+        SuiteOffer(
+            suite=name,
+            benchmark=task.name,
+            shots=task.shots,
+            prompt=task.prompt,
+            parser=task.parser,
+            metric=task.metric,
+            task=task.run,
+            data=task.data,
+            missing=tuple(wanted for wanted in task.data if data.find(wanted) is None),
+            why=task.why,
+        )
+        for name in suite_names()
+        for task in load_suite(name).tasks
+    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,18 @@ def model_provenance(loaded: LoadedModel) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
+
+
+def answers_digest(provenance: Mapping[str, Any]) -> str:
+    """SHA-256 of what decides a model's answers: its files, adapter, backend, device and dtype.
+
+    Args:
+        provenance: from `model_provenance`.
+    """
+    adapter = provenance["adapter"]
+    parts = [provenance["files"], adapter and adapter["files"], provenance["backend"]]
+    parts += [provenance["device"], provenance["dtype"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_digests(path: Path) -> dict[str, dict[str, Any]]:

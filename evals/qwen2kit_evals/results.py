@@ -13,37 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwen2kit.errors import ConfigError
+from qwen2kit_evals.benchmarks import BenchmarkScore
+from qwen2kit_evals.metric_rows import MetricRow
+from qwen2kit_evals.request_log import FILE as LOG_FILE
+from qwen2kit_evals.stored_run import file_name
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 SCHEMA_VERSION = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MetricRow:
-    """One number.
-
-    Attributes:
-        task: task or group name.
-        group: whether it sums up other rows.
-        depth: nesting below the name that was asked for, for display.
-        metric, filter: lm-eval's metric and the answer filter it was computed through.
-        value: the score; None if undefined.
-        stderr: its standard error, where lm-eval gives one.
-        samples: documents behind the number.
-        shots: examples in each prompt, None for groups that mix.
-    """
-
-    task: str
-    group: bool
-    depth: int
-    metric: str
-    filter: str
-    value: float | None
-    stderr: float | None
-    samples: int | None
-    shots: int | None
+RUN_FILE = "run.json"
+UNFINISHED = frozenset({RUN_FILE, LOG_FILE})
+"""What a run writes at its beginning; without results.json it is not finished."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +36,7 @@ class EvalResult:
         provenance: everything needed to repeat it (JSON values only).
         notices: what was adapted or truncated, one line each.
         samples: per task, per document: prompt, answer, target and metrics.
+        benchmarks: of a suite, each with its score or the reason why it has none.
         output: directory it was written to, or None.
     """
 
@@ -62,6 +44,7 @@ class EvalResult:
     provenance: Mapping[str, Any]
     notices: tuple[str, ...]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    benchmarks: tuple[BenchmarkScore, ...] = ()
     output: Path | None = None
 
     def value(self, task: str, metric: str, filter: str | None = None) -> float | None:
@@ -80,6 +63,7 @@ class EvalResult:
         return {
             "schema_version": SCHEMA_VERSION,
             "results": [asdict(row) for row in self.rows],
+            "benchmarks": [asdict(score) for score in self.benchmarks],
             "notices": list(self.notices),
             "provenance": dict(self.provenance),
             "output": None if self.output is None else str(self.output),
@@ -108,52 +92,6 @@ class EvalResult:
         return table
 
 
-def metric_rows(report: Mapping[str, Any]) -> tuple[MetricRow, ...]:
-    """Rows of lm-eval's result dictionary, groups followed by their members."""
-    members: Mapping[str, Sequence[str]] = report.get("group_subtasks", {})
-    children = {child for names in members.values() for child in names}
-    results = dict(report["results"]) | dict(report.get("groups") or {})
-    rows: list[MetricRow] = []
-    seen: set[str] = set()
-
-    def add(name: str, depth: int) -> None:
-        if name in seen:
-            return
-        seen.add(name)
-        rows.extend(_rows_of(name, depth, results.get(name, {}), report))
-        for child in members.get(name, ()):
-            add(child, depth + 1)
-
-    for name in (*(n for n in members if n not in children), *results):
-        add(name, 0)
-    return tuple(rows)
-
-
-def _rows_of(
-    name: str, depth: int, values: Mapping[str, Any], report: Mapping[str, Any]
-) -> list[MetricRow]:
-    count = report.get("n-samples", {}).get(name, {}).get("effective", values.get("sample_len"))
-    found = []
-    for key, value in values.items():
-        metric, comma, chosen = key.partition(",")
-        if not comma or metric.endswith("_stderr"):
-            continue
-        found.append(
-            MetricRow(
-                task=name,
-                group=bool(report.get("group_subtasks", {}).get(name)),
-                depth=depth,
-                metric=metric,
-                filter=chosen,
-                value=_number(value),
-                stderr=_number(values.get(f"{metric}_stderr,{chosen}")),
-                samples=None if count is None else int(count),
-                shots=report.get("n-shot", {}).get(name),
-            )
-        )
-    return found
-
-
 def sample_rows(logged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """lm-eval's sample log without the data set's own row: what went in, what came out."""
     return [
@@ -176,14 +114,16 @@ def check_output(directory: Path) -> None:
     """Refuse a directory that already holds something, before hours are spent.
 
     Raises:
-        ConfigError: ``directory`` exists and is not empty, or is a file.
+        ConfigError: ``directory`` is a file, or holds anything but an unfinished run.
     """
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    finished = "results.json" in present or not present & UNFINISHED
+    if directory.is_file() or (present and finished):
         raise ConfigError(f"--output {directory} already exists; name a new directory")
 
 
 def write_results(result: EvalResult, directory: Path) -> None:
-    """Write results.json and samples_<task>.jsonl; all of it appears at once or not at all."""
+    """Write samples_<task>.jsonl and results.json, which appears last; on failure, not at all."""
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
@@ -191,12 +131,12 @@ def write_results(result: EvalResult, directory: Path) -> None:
         _write(building / "results.json", json.dumps(plain(result.document()), indent=2) + "\n")
         for task, samples in result.samples.items():
             lines = (json.dumps(plain(sample), ensure_ascii=False) + "\n" for sample in samples)
-            safe = task.replace("/", "__")
-            _write(building / f"samples_{safe}.jsonl", "".join(lines))
+            _write(building / f"samples_{file_name(task)}.jsonl", "".join(lines))
         check_output(directory)
-        if directory.is_dir():
-            directory.rmdir()
-        building.rename(directory)
+        directory.mkdir(exist_ok=True)
+        for file in sorted(building.iterdir(), key=lambda file: file.name == "results.json"):
+            file.rename(directory / file.name)
+        building.rmdir()
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -213,13 +153,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int | bool) else str(value)
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not hasattr(value, "__float__"):
-        return float(value) if isinstance(value, bool) else None
-    number = float(value)
-    return number if math.isfinite(number) else None
 
 
 def _write(path: Path, text: str) -> None:

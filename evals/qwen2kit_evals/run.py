@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,22 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError, TokenizerError
+from qwen2kit_evals.code_eval import active, run_ahead
 from qwen2kit_evals.harness import DEFAULT_BATCH_SIZE, Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
-from qwen2kit_evals.provenance import model_provenance
+from qwen2kit_evals.metric_rows import metric_rows
+from qwen2kit_evals.provenance import answers_digest, model_provenance
 from qwen2kit_evals.quiet import quiet_lm_eval
-from qwen2kit_evals.results import (
-    EvalResult,
-    check_output,
-    metric_rows,
-    plain,
-    sample_rows,
-    write_results,
-)
+from qwen2kit_evals.request_log import FILE as LOG_FILE
+from qwen2kit_evals.request_log import RequestLog
+from qwen2kit_evals.results import EvalResult, check_output, plain, sample_rows, write_results
+from qwen2kit_evals.suite_tasks import SuiteSelection
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
 
 
 def evaluate(
     loaded: LoadedModel,
-    tasks: TaskSelection | Sequence[str],
+    tasks: TaskSelection | SuiteSelection | Sequence[str],
     *,
     limit: float | None = None,
     num_fewshot: int | None = None,
@@ -44,10 +42,13 @@ def evaluate(
 ) -> EvalResult:
     """Run ``tasks`` and, with ``output``, write results.json and samples_<task>.jsonl there.
 
+    With ``output``, every answer is also logged there at once (`request_log`). If that directory
+    holds the log of an interrupted run, the answers in it are not computed again.
+
     Args:
         loaded: the model.
-        tasks: names, or what `select_tasks` made of them (``num_fewshot`` and ``datasets`` are
-            then the selection's own and must not be given again).
+        tasks: names, or what `select_tasks` or `select_suite` made of them (``num_fewshot`` and
+            ``datasets`` are then the selection's own and must not be given again).
         limit: documents per task; below 1 a fraction.
         num_fewshot: examples in the prompt in place of each task's own number.
         datasets: directory of data in Hub layout; None is the Hub.
@@ -55,50 +56,73 @@ def evaluate(
         apply_chat_template: put prompts (shots as turns) into the model's chat template.
         seed: of shots and sampling; None takes lm-eval's defaults, for comparable scores.
         log_samples: keep every prompt and answer.
-        output: a directory that does not exist yet.
+        output: a directory that does not exist yet, or holds an unfinished run.
 
     Raises:
         Qwen2KitError: an unknown task, absent data, a missing package, a bad value.
     """
     _check_arguments(loaded, limit, batch_size, apply_chat_template, output)
-    selection = _selection(tasks, num_fewshot, datasets)
+    if not isinstance(tasks, SuiteSelection):
+        tasks = SuiteSelection.of(_selection(tasks, num_fewshot, datasets))
     model = Qwen2KitLM(
         loaded, batch_size=batch_size, seed=DEFAULT_OTHER_SEED if seed is None else seed
     )
+    about = model_provenance(loaded)
     started = time.perf_counter()
-    report = run_tasks(
-        model,
-        selection,
-        limit=limit,
-        apply_chat_template=apply_chat_template,
-        seed=seed,
-        log_samples=log_samples,
-    )
-    settings = {
-        "tasks": list(selection.names),
-        "task_versions": report["versions"],
-        "shots": report["n-shot"],
-        "num_fewshot": selection.num_fewshot,
+    path = None if output is None else output / LOG_FILE
+    with RequestLog(path, answers_digest(about)) as model.log:
+        reports = [
+            run_tasks(
+                model,
+                selection,
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                seed=seed,
+                log_samples=log_samples,
+            )
+            for selection in tasks.selections
+        ]
+    rows = [metric_rows(report) for report in reports]
+    settings = _merged(reports) | {
+        "tasks": [name for selection in tasks.selections for name in selection.names],
+        "suite": tasks.suite,
+        "num_fewshot": tasks.num_fewshot,
         "limit": limit,
         "batch_size": batch_size,
         "chat_template": apply_chat_template,
         "seeds": lm_eval_seeds(seed),
-        "datasets": None if selection.data is None else str(selection.data.root),
+        "datasets": tasks.datasets,
         "max_length": model.max_length,
         "truncated_requests": model.truncated,
+        "code_execution": None if (code := active()) is None else code.document(),
+        "requests": {"answered": model.log.computed, "from_log": model.log.reused},
         "seconds": round(time.perf_counter() - started, 3),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     result = EvalResult(
-        rows=metric_rows(report),
-        provenance=plain({"model": model_provenance(loaded), "evaluation": settings}),
-        notices=(*selection.notices, *_truncation_notice(model)),
-        samples={task: sample_rows(rows) for task, rows in report.get("samples", {}).items()},
+        rows=tuple(row for some in rows for row in some),
+        provenance=plain({"model": about, "evaluation": settings}),
+        notices=(*tasks.notices, *_truncation_notice(model)),
+        samples={
+            task: sample_rows(logged)
+            for report in reports
+            for task, logged in report.get("samples", {}).items()
+        },
+        benchmarks=tasks.scores(rows),
         output=output,
     )
     if output is not None:
         write_results(result, output)
     return result
+
+
+def _merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Versions and shots of all tasks."""
+    kept = {"task_versions": "versions", "shots": "n-shot"}
+    return {
+        ours: {task: value for report in reports for task, value in report[theirs].items()}
+        for ours, theirs in kept.items()
+    }
 
 
 def run_tasks(
@@ -114,6 +138,8 @@ def run_tasks(
 
     Arguments are those of `evaluate`.
     """
+    for task in selection.objects:
+        run_ahead(task)
     with local_datasets(selection.data), quiet_lm_eval():
         report: dict[str, Any] = simple_evaluate(
             model,
@@ -123,6 +149,7 @@ def run_tasks(
             limit=limit,
             log_samples=log_samples,
             apply_chat_template=apply_chat_template,
+            confirm_run_unsafe_code=active() is not None,
             **lm_eval_seeds(seed),
         )
     return report

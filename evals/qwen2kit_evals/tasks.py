@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 
 from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, Qwen2KitError
+from qwen2kit_evals.code_eval import CONSENT, active
 from qwen2kit_evals.local_data import LocalData, local_datasets
 from qwen2kit_evals.quiet import quiet_lm_eval
+from qwen2kit_evals.suites import OWN_TASKS
 from qwen2kit_evals.task_fit import Notify, fit_task, local_name
 
 _OUR_EXTRA = {"langdetect", "immutabledict", "pyarrow"}
@@ -51,6 +54,7 @@ def select_tasks(
     num_fewshot: int | None = None,
     include_path: Path | str | None = None,
     defaults: bool = True,
+    manager: TaskManager | None = None,
 ) -> TaskSelection:
     """Find the tasks called ``names`` and load their data.
 
@@ -60,6 +64,7 @@ def select_tasks(
         num_fewshot: shots in place of each task's own number.
         include_path: directory of further task YAML files.
         defaults: whether lm-eval's own tasks are known (reading them takes seconds).
+        manager: an index from `task_manager` to use again.
 
     Raises:
         ConfigError: an unknown or doubled name, or a task that runs model-written code.
@@ -69,7 +74,7 @@ def select_tasks(
     data = None if datasets is None else LocalData(datasets)
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path {include_path}: no such directory")
-    manager = task_manager(include_path, defaults=defaults)
+    manager = manager or task_manager(include_path, defaults=defaults)
     notices: list[str] = []
     manager._factory = _FittingFactory(data, num_fewshot, notices.append)
     chosen = _expand(names, manager)
@@ -97,9 +102,9 @@ def select_tasks(
 
 
 def task_manager(include_path: Path | str | None = None, *, defaults: bool = True) -> TaskManager:
-    """lm-eval's task index (its own tasks and those under ``include_path``)."""
-    path = None if include_path is None else str(include_path)
-    return TaskManager(include_path=path, include_defaults=defaults)
+    """lm-eval's task index: its own tasks, ours, and those under ``include_path``."""
+    paths = [str(OWN_TASKS)] + ([] if include_path is None else [str(include_path)])
+    return TaskManager(include_path=paths, include_defaults=defaults)
 
 
 def leaf_configs(
@@ -116,7 +121,8 @@ def leaf_configs(
         for leaf in sorted(entry.tags):
             yield from leaf_configs(leaf, manager, given)
     elif entry.kind.name == "GROUP":
-        yield from _member_configs(config.get("task") or [], manager, given)
+        shared = {k: v for k, v in config.items() if k not in GROUP_FIELD_NAMES}
+        yield from _member_configs(config.get("task") or [], manager, shared | given)
     else:
         yield config | given | {"task": name}
 
@@ -151,14 +157,23 @@ class _FittingFactory(TaskFactory):  # type: ignore[misc]
         return fit_task(config, self._data, self._num_fewshot, self._notify)
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-        try:
+        with self._explained(entry.name):
             return super()._build_task(entry, overrides)
+
+    def _build_group_members(self, members: Any, group: str, *args: Any) -> Any:
+        with self._explained(group):  # also of tasks that are written inside their group
+            return super()._build_group_members(members, group, *args)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except Qwen2KitError:
             raise
         except ImportError as error:
-            raise _missing_package(entry.name, error) from error
+            raise _missing_package(name, error) from error
         except Exception as error:
-            raise _unbuildable(entry.name, error, offline=self._data is not None) from error
+            raise _unbuildable(name, error, offline=self._data is not None) from error
 
 
 def _missing_package(task: str, error: ImportError) -> Qwen2KitError:
@@ -204,10 +219,10 @@ def _check_leaves(names: Sequence[str], manager: TaskManager, data: LocalData | 
     missing: dict[str, list[str]] = {}
     for name in names:
         for config in leaf_configs(name, manager):
-            if config.get("unsafe_code"):
+            if config.get("unsafe_code") and active() is None:
                 raise ConfigError(
-                    f"task {config['task']} runs code the model wrote; run it in a sandbox with: "
-                    "python -m qwen2kit_evals run --model qwen2kit --confirm_run_unsafe_code ..."
+                    f"task {config['task']} runs programs that the model wrote; allow it with "
+                    f"{CONSENT} (they run in a sandbox)"
                 )
             wanted = local_name(config)
             if data is None or wanted is None or Path(wanted).is_dir():

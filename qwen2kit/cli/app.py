@@ -13,7 +13,7 @@ from qwen2kit.cli.convert import convert
 from qwen2kit.cli.data import data
 from qwen2kit.cli.demo import demo
 from qwen2kit.cli.doctor import doctor
-from qwen2kit.cli.eval import evaluate
+from qwen2kit.cli.eval import evaluation
 from qwen2kit.cli.inspect import inspect
 from qwen2kit.cli.output import fail
 from qwen2kit.cli.parity import parity
@@ -33,7 +33,6 @@ for _name, _command in (
     ("train", train),
     ("convert", convert),
     ("chat", chat),
-    ("eval", evaluate),
     ("parity", parity),
     ("inspect", inspect),
     ("plan", plan),
@@ -41,6 +40,7 @@ for _name, _command in (
     ("demo", demo),
 ):
     app.command(_name)(_command)
+app.add_typer(evaluation, name="eval")
 app.add_typer(data, name="data")
 
 

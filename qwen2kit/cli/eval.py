@@ -5,24 +5,43 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2kit.cli.default_command import DEFAULT, DefaultCommandGroup
+from qwen2kit.cli.eval_code import Consent, Weak, code, code_runner
+from qwen2kit.cli.eval_data import contamination, fetch
+from qwen2kit.cli.eval_judge import judge
+from qwen2kit.cli.eval_list import list_offers
+from qwen2kit.cli.eval_needle import needle, perplexity
+from qwen2kit.cli.eval_runs import diff, report
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
-    from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit_evals.job import Job
     from qwen2kit_evals.results import EvalResult
-    from qwen2kit_evals.tasks import TaskSelection
+
+evaluation = typer.Typer(
+    cls=DefaultCommandGroup,
+    help="Evaluate a model on benchmark tasks; scores, settings and every sample are written.",
+    rich_markup_mode=None,
+)
 
 
+@evaluation.command(DEFAULT)
 def evaluate(
     model: Annotated[
         str | None, typer.Argument(help="Directory, GGUF file, run directory or hub id.")
     ] = None,
     tasks: Annotated[str, typer.Option(help="Tasks, groups or globs: mmlu,gsm8k,'bbh_*'.")] = "",
+    suite: Annotated[
+        str | None, typer.Option(help="qwen2-base or qwen2-instruct: the report's benchmarks.")
+    ] = None,
+    compare: Annotated[
+        str | None, typer.Option(help="Show the published scores of this model: qwen2-7b, ...")
+    ] = None,
     backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
@@ -46,104 +65,122 @@ def evaluate(
         bool, typer.Option("--chat-template", help="Wrap prompts in the model's chat template.")
     ] = False,
     output: Annotated[
-        Path | None, typer.Option(help="New directory; default eval-results/<model>-<time>.")
+        Path | None,
+        typer.Option(help="Directory, new or of an interrupted run; default eval-results/..."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with the interrupted run in this directory.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of shots and sampling; default lm-eval's own seeds.")
     ] = None,
     list_tasks: Annotated[
-        bool, typer.Option("--list", help="List the tasks whose data --datasets holds.")
+        bool, typer.Option("--list", help="List suites and tasks: which data --datasets holds.")
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")] = False,
 ) -> None:
-    """Evaluate a model on benchmark tasks; scores, settings and every sample are written."""
+    """Evaluate a model (the word run may be left out)."""
     _require_lm_eval()
     if list_tasks:
-        _list(datasets, include_path, json_output)
+        list_offers(datasets, include_path, json_output)
         return
-    if model is None:
-        raise ConfigError("name a model: qwen2kit eval MODEL --tasks mmlu,gsm8k")
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"--num-fewshot must not be negative, got {num_fewshot}")
+    if resume is not None:
+        job, directory = _resumed(resume, model, tasks, suite)
+    else:
+        if model is None:
+            raise ConfigError("name a model: qwen2kit eval MODEL --tasks mmlu,gsm8k")
+        from qwen2kit_evals.job import Job, absolute
+        from qwen2kit_evals.run import default_output
+
+        directory = output or default_output(model)
+        job = Job(
+            model=str(absolute(model)) if Path(model).exists() else model,
+            tasks=tasks,
+            suite=suite,
+            compare=compare,
+            backend=backend,
+            dtype=dtype,
+            device=device,
+            adapter=absolute(adapter) if adapter and Path(adapter).exists() else adapter,
+            limit=limit,
+            num_fewshot=num_fewshot,
+            datasets=absolute(datasets),
+            include_path=absolute(include_path),
+            batch_size=batch_size,
+            chat_template=chat_template,
+            seed=seed,
+        )
+    _report(job, _run(job, directory), json_output=json_output)
+
+
+evaluation.command("diff")(diff)
+evaluation.command("report")(report)
+evaluation.command("fetch")(fetch)
+evaluation.command("contamination")(contamination)
+evaluation.command("code")(code)
+evaluation.command("needle")(needle)
+evaluation.command("perplexity")(perplexity)
+evaluation.command("judge")(judge)
+
+
+def _resumed(directory: Path, model: str | None, tasks: str, suite: str | None) -> tuple[Job, Path]:
+    from qwen2kit_evals.job import read_job
+
+    if model or tasks or suite:
+        raise ConfigError("--resume repeats the run's own options; leave model and tasks out")
+    return read_job(directory), directory
+
+
+def _run(job: Job, directory: Path) -> EvalResult:
+    from qwen2kit.backend.loading import load_model
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit_evals.results import check_output
-    from qwen2kit_evals.run import check_numbers, default_output
-    from qwen2kit_evals.tasks import select_tasks
-
-    plan = ExecutionPlan(device=device, dtype=dtype)
-    check_numbers(limit, batch_size)
-    directory = output or default_output(model)
-    check_output(directory)
-    with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
-        selection = select_tasks(
-            [tasks], datasets=datasets, num_fewshot=num_fewshot, include_path=include_path
-        )
-        for notice in selection.notices:
-            console().print(f"note: {notice}", markup=False)
-        result = _run(
-            model,
-            adapter,
-            backend,
-            plan,
-            selection,
-            limit=limit,
-            batch_size=batch_size,
-            apply_chat_template=chat_template,
-            seed=seed,
-            output=directory,
-        )
-    _report(result, already=len(selection.notices), json_output=json_output)
-
-
-def _run(
-    model: str,
-    adapter: str | None,
-    backend: str,
-    plan: ExecutionPlan,
-    selection: TaskSelection,
-    **options: Any,
-) -> EvalResult:
-    from qwen2kit.backend.loading import load_model
     from qwen2kit_evals.run import evaluate as run
 
-    loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
-    return run(loaded, selection, **options)
+    plan = ExecutionPlan(device=job.device, dtype=job.dtype)
+    check_output(directory)
+    with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
+        selection = job.select()
+        for notice in selection.notices:
+            console().print(f"note: {notice}", markup=False)
+        loaded = load_model(job.model, backend=job.backend, plan=plan, adapter=job.adapter)
+        job.begin(directory)
+        result = run(
+            loaded,
+            selection,
+            limit=job.limit,
+            batch_size=job.batch_size,
+            apply_chat_template=job.wraps_in_chat_template,
+            seed=job.seed,
+            output=directory,
+        )
+    for notice in result.notices[len(selection.notices) :]:
+        console().print(f"note: {notice}", markup=False)
+    return result
 
 
-def _report(result: EvalResult, *, already: int, json_output: bool) -> None:
-    out = console()
-    for notice in result.notices[already:]:
-        out.print(f"note: {notice}", markup=False)
-    out.print(result.table())
-    out.print(f"written to {result.output}", markup=False)
-    if json_output:
-        from qwen2kit_evals.results import plain
-
-        emit_json(plain(result.document()))
-
-
-def _list(datasets: Path | None, include_path: Path | None, json_output: bool) -> None:
+def _report(job: Job, result: EvalResult, *, json_output: bool) -> None:
     from dataclasses import asdict
 
-    from rich.table import Table
+    from qwen2kit_evals.results import plain
 
-    from qwen2kit_evals.listing import available_tasks
-    from qwen2kit_evals.local_data import LocalData
-    from qwen2kit_evals.tasks import task_manager
+    out = console()
+    out.print(result.table())
+    document = plain(result.document())
+    if job.compare is not None:
+        from qwen2kit_evals.paper import paper_rows
+        from qwen2kit_evals.paper_table import paper_table
 
-    if datasets is None:
-        raise ConfigError("--list shows what a data directory can serve; add --datasets DIR")
-    offers = available_tasks(LocalData(datasets), task_manager(include_path))
+        rows = paper_rows(document, job.compare)
+        out.print(paper_table(rows, job.compare))
+        document["compared_with"] = job.compare
+        document["comparison"] = [
+            plain(asdict(row)) | {"comparable": row.comparable, "verdict": row.verdict}
+            for row in rows
+        ]
+    out.print(f"written to {result.output}", markup=False)
     if json_output:
-        emit_json([asdict(offer) for offer in offers])
-        return
-    table = Table(title=f"Tasks with data in {datasets}", title_justify="left")
-    table.add_column("--tasks", no_wrap=True)
-    table.add_column("tasks", justify="right")
-    table.add_column("data")
-    for offer in offers:
-        table.add_row(offer.name, str(offer.tasks), ", ".join(offer.data))
-    console().print(table)
+        emit_json(document)
 
 
 def _require_lm_eval() -> None:

@@ -1,0 +1,133 @@
+"""The log that makes an evaluation resumable: every answer is on disk as soon as it is known.
+
+``requests.jsonl`` holds one line per answered request: ``{"key": ..., "answer": ...}``. The key is
+a hash of the model's digest and of what was asked, so an answer is found again whatever the order
+of the requests, and never serves another model or prompt.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.errors import ConfigError, DataError
+
+FILE = "requests.jsonl"
+
+
+class RequestLog:
+    """Answers by key; on disk too if a path is given.
+
+    A last line without an end, left by a process that was killed, is cut off. Use as a context
+    manager to close the file.
+
+    Args:
+        path: the file, made if absent; None keeps nothing.
+        model: digest of model and settings that change its answers.
+
+    Raises:
+        DataError: a line of the file is damaged.
+        ConfigError: another process is writing the file.
+    """
+
+    def __init__(self, path: Path | None = None, model: str = "") -> None:
+        self._model = model
+        self._answers: dict[str, Any] = {}
+        self._file: IO[bytes] | None = None
+        self.reused = 0
+        self.computed = 0
+        if path is not None:
+            self._file = _open_alone(path)
+            self._answers = _read(self._file, path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def score_keys(self, requests: Iterable[ScoreRequest]) -> list[str]:
+        """Keys of requests to score; equal requests get keys of their own."""
+        return self._distinct(
+            self._hash("score", array("q", [len(r.context), *r.context, *r.continuation]).tobytes())
+            for r in requests
+        )
+
+    def text_keys(self, requests: Iterable[Sequence[Any]], settings: Any) -> list[str]:
+        """Keys of ``(prompt, generation arguments)``; repeats of one prompt are told apart."""
+        return self._distinct(
+            self._hash("generate", json.dumps([*r, settings], sort_keys=True, default=str).encode())
+            for r in requests
+        )
+
+    def find(self, key: str) -> Any:
+        """The answer to ``key``, or None."""
+        answer = self._answers.get(key)
+        self.reused += answer is not None
+        return answer
+
+    def add(self, key: str, answer: Any) -> None:
+        """Record an answer (JSON values); it survives the death of this process."""
+        self.computed += 1
+        if self._file is None:
+            return
+        self._answers[key] = answer
+        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def _hash(self, kind: str, content: bytes) -> str:
+        return hashlib.sha256(f"{self._model} {kind} ".encode() + content).hexdigest()[:32]
+
+    @staticmethod
+    def _distinct(hashes: Iterable[str]) -> list[str]:
+        seen: Counter[str] = Counter()
+        keys = []
+        for key in hashes:
+            keys.append(f"{key}-{seen[key]}" if seen[key] else key)
+            seen[key] += 1
+        return keys
+
+
+def _open_alone(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open("a+b")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(f"another evaluation is writing {path}; wait for it to end") from error
+    return file
+
+
+def _read(file: IO[bytes], path: Path) -> dict[str, Any]:
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        file.truncate(whole)
+    file.seek(0, os.SEEK_END)
+    answers = {}
+    for number, line in enumerate(content[:whole].splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            answers[entry["key"]] = entry["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}, line {number} is damaged; remove that line") from error
+    return answers
