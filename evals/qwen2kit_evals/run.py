@@ -14,7 +14,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError, TokenizerError
-from qwen2kit_evals.code_eval import active, run_ahead
+from qwen2kit_evals.code_eval import active, execution_notice, run_ahead
 from qwen2kit_evals.harness import DEFAULT_BATCH_SIZE, Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
 from qwen2kit_evals.metric_rows import metric_rows
@@ -102,7 +102,7 @@ def evaluate(
     result = EvalResult(
         rows=tuple(row for some in rows for row in some),
         provenance=plain({"model": about, "evaluation": settings}),
-        notices=(*tasks.notices, *_truncation_notice(model)),
+        notices=(*tasks.notices, *_truncation_notice(model), *_execution_notice()),
         samples={
             task: sample_rows(logged)
             for report in reports
@@ -208,6 +208,11 @@ def lm_eval_seeds(seed: int | None) -> dict[str, int]:
         "torch_random_seed": other,
         "fewshot_random_seed": other,
     }
+
+
+def _execution_notice() -> tuple[str, ...]:
+    code = active()
+    return () if code is None or not code.outcomes() else (execution_notice(code),)
 
 
 def _truncation_notice(model: Qwen2KitLM) -> tuple[str, ...]:

@@ -77,6 +77,8 @@ def evaluate(
     list_tasks: Annotated[
         bool, typer.Option("--list", help="List suites and tasks: which data --datasets holds.")
     ] = False,
+    allow_code_execution: Consent = False,
+    weak_sandbox: Weak = False,
     json_output: Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")] = False,
 ) -> None:
     """Evaluate a model (the word run may be left out)."""
@@ -110,7 +112,11 @@ def evaluate(
             chat_template=chat_template,
             seed=seed,
         )
-    _report(job, _run(job, directory), json_output=json_output)
+    from qwen2kit_evals.code_eval import code_execution
+
+    with code_execution(code_runner(allow_code_execution, weak_sandbox)):
+        result = _run(job, directory)
+    _report(job, result, json_output=json_output)
 
 
 evaluation.command("diff")(diff)
