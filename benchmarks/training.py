@@ -175,19 +175,19 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print("RESULT " + json.dumps(finish(report, arguments, arguments.presets)))
         return
-    rows = []
-    for name in arguments.presets.split(","):
-        for peer in arguments.peers.split(","):
-            rows.append({"preset": name, "contestant": peer, **run_alone(name, peer)})
-            show(rows[-1])
-    document = {
+    document: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "environment": environment(),
         "settings": {k: v for k, v in vars(arguments).items() if k != "only"},
-        "rows": rows,
+        "rows": [],
     }
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(document, indent=2) + "\n")
+    for name in arguments.presets.split(","):
+        for peer in arguments.peers.split(","):
+            row = {"preset": name, "contestant": peer, **run_alone(name, peer)}
+            show(row)
+            document["rows"].append(row)
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(document, indent=2) + "\n")
 
 
 def run_alone(name: str, peer: str) -> dict[str, Any]:
