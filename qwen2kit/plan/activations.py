@@ -58,9 +58,12 @@ WORKING_HIDDEN: Final = 4.0
 WORKING_FFN: Final = 3.0
 """F-wide gradients alive at once in a layer's backward pass."""
 
+WORKING_ADAPTED: Final = 5.0
+"""F-wide products of base and adapter, not yet added up, while a layer with adapters is computed
+again."""
+
 LOGIT_BYTES: Final = 2.0
-"""Bytes per logit of one chunk: bfloat16, overwritten by their gradient. A second chunk's are
-made while the first one's live."""
+"""Bytes per logit of one chunk: bfloat16, overwritten by their gradient."""
 
 WIDE_LOGIT_BYTES: Final = 10.0
 """Bytes per logit where the vocabulary is divided or products are float32: without the fused
@@ -75,11 +78,12 @@ def layer_kept(workload: Workload, layer: int) -> float:
 def layer_working(workload: Workload, layer: int) -> float:
     """Bytes that exist only during a layer's backward pass, recomputed activations included."""
     spec, tp = workload.spec, workload.degrees.tp
-    values = WORKING_HIDDEN * spec.hidden_size + WORKING_FFN * ffn_width(spec, layer, tp)
-    again = 0.0
+    per_ffn, again = WORKING_FFN, 0.0
     if workload.plan.recompute != "none":
+        per_ffn += WORKING_ADAPTED if workload.plan.adapter is not None else 0
         kept = _per_token(workload, layer, workload.plan.recompute)
         again = max(0.0, _per_token(workload, layer, "none") - kept)
+    values = WORKING_HIDDEN * spec.hidden_size + per_ffn * ffn_width(spec, layer, tp)
     return workload.tokens * (values * workload.width + again)
 
 
@@ -118,8 +122,6 @@ def logits(workload: Workload) -> float:
     chunk = min(workload.plan.loss_chunk_tokens, workload.tokens)
     fused = workload.degrees.tp == 1 and workload.width < 4
     per_logit = LOGIT_BYTES if fused else WIDE_LOGIT_BYTES
-    if chunk < workload.tokens:
-        per_logit += LOGIT_BYTES
     return chunk * per_logit * workload.spec.vocab_size / workload.degrees.tp
 
 

@@ -1,11 +1,13 @@
 """Predicted device memory of every pipeline stage, in bytes of one process.
 
-A step has four moments at which memory can be fullest: while the loss is computed (all
-activations and the logits), when the backward pass starts (all activations and a layer's working
-set), when it ends (all gradients), and while AdamW updates (no activations). A process needs the
-largest of them. Sources: float32 masters, gradients and two moments, 16 bytes per parameter (ZeRO,
-arXiv 1910.02054, section 3.1, without its half-precision copies); micro-batches in flight in a
-1F1B pipeline (arXiv 2104.04473, section 2.2).
+A step has five moments at which memory can be fullest: while the loss is computed (all
+activations and the logits), in the backward pass of the last layer (all activations and a layer's
+working set), in that of the first layer (almost all gradients), when the embedding's gradient is
+formed, and while AdamW updates (no activations). A process needs the largest of them.
+
+Sources: float32 masters, gradients and two moments, 16 bytes per parameter (ZeRO, arXiv
+1910.02054, section 3.1, without its half-precision copies); micro-batches in flight in a 1F1B
+pipeline (arXiv 2104.04473, section 2.2).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from qwen2kit.plan import activations
 from qwen2kit.plan.stages import Stage
 from qwen2kit.plan.workload import MASTER_BYTES, Share, Workload, layer_kinds, share
 
-Moment = Literal["loss", "backward", "end of backward", "update"]
+Moment = Literal["loss", "last layer", "first layer", "embedding", "update"]
 PARTS: Final = ("weights", "gradients", "optimizer", "activations", "logits", "other")
 
 MOMENTS: Final = 2
@@ -113,14 +115,31 @@ def _moments(workload: Workload, stage: Stage, held: Share) -> tuple[Memory, ...
     if stage.last:
         head = activations.head_kept(workload)
         logits = activations.logits(workload) + matrix + _head_copy(workload)
-    first = matrix if tied or not again else 0.0
-    last = matrix * (tied + again)
+    pending = matrix if tied or not again else 0.0  # of the head, until it can be added
+    unformed = 0 if again else MASTER_BYTES * _first_layer(workload, stage, held)
+    transient = copies + working + gathered
     return (
         _memory("loss", held, earlier, kept + head, logits, copies + gathered),
-        _memory("backward", held, earlier, kept, first, copies + working + gathered),
-        _memory("end of backward", held, gradients, max(layers.values()), last, working + gathered),
-        _memory("update", held, gradients, 0.0, 0.0, reduced),
+        _memory("last layer", held, earlier, kept, pending, transient),
+        _memory(
+            "first layer",
+            held,
+            gradients - unformed,
+            max(layers.values()),
+            matrix if tied else 0.0,
+            working + gathered,
+        ),
+        _memory("embedding", held, gradients, 0.0, matrix * (tied + again), reduced),
+        _memory("update", held, gradients, 0.0, 0.0, 0.0),
     )
+
+
+def _first_layer(workload: Workload, stage: Stage, held: Share) -> int:
+    """Trained elements whose gradients come last: of the first layer and the embedding."""
+    elements = held.layer_trainable
+    if stage.first and held.root_trainable:
+        elements += round(_vocabulary(workload))
+    return elements // workload.degrees.sharded
 
 
 def _memory(
@@ -157,14 +176,16 @@ def _vocabulary(workload: Workload) -> float:
 
 
 def _gathered(workload: Workload, stage: Stage, held: Share) -> tuple[float, float]:
-    """Bytes of weights that FSDP gathers while layers run (all of them in a pipeline, which keeps
-    them for its next micro-batches), and of what is left of them when the last gradients are
-    reduced."""
+    """Bytes of weights that FSDP gathers and gradients that it reduces, while layers run and at
+    the end. A pipeline keeps all weights and, undivided, all gradients of the step."""
     if not workload.fsdp:
         return 0.0, 0.0
-    layers = held.layers if stage.count > 1 else LAYERS_IN_FLIGHT
-    weights = workload.width * (held.root + layers * held.layer)
-    return (
-        weights + REDUCE_BYTES * held.layer_trainable,
-        workload.width * held.root + REDUCE_BYTES * held.root_trainable,
-    )
+    last = workload.width * held.root + REDUCE_BYTES * held.root_trainable
+    reduced = REDUCE_BYTES * held.layer_trainable
+    if stage.count == 1:
+        weights = workload.width * (held.root + LAYERS_IN_FLIGHT * held.layer)
+        return weights + reduced, last
+    elements = held.root + held.layers * held.layer
+    trainable = held.root_trainable + held.layers * held.layer_trainable
+    kept = workload.width * elements + MASTER_BYTES * trainable
+    return kept + reduced, kept

@@ -1,9 +1,8 @@
 """The meshes that a number of accelerators allows, those that fit in memory, the fastest first.
 
 Every division of the processes over the mesh axes is tried that `check_degrees` accepts, with
-every micro-batch size and kind of recomputation. Tensor parallelism stays within a node, replicas
-consist of whole nodes and a pipeline has at least as many rows as stages, since anything else is
-slower at equal memory.
+every micro-batch size and kind of recomputation. Tensor parallelism stays within a node and
+replicas consist of whole nodes, since anything else is slower at equal memory.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ HEADROOM: Final = 0.95
 SIMPLICITY: Final = 0.01
 """What a mesh axis must gain in time to be worth having."""
 
-SHORTEST_PIECE: Final = 1024
-"""Tokens of a row that context parallelism leaves each process at least."""
+SHORTEST_PIECE: Final = 4096
+"""Tokens of a row that context parallelism leaves each process at least; shorter products and
+attention are slower than this model of time knows."""
 
 LARGEST_CLUSTER: Final = 8192
 """Accelerators up to which `smallest_cluster` looks."""
@@ -143,6 +143,8 @@ def reasons(prediction: Prediction) -> tuple[str, ...]:
 def _fitting(workload: Workload, cluster: Cluster, degrees: Degrees) -> Iterator[Prediction]:
     for recompute in get_args(Recompute):
         for rows in _powers(workload.batch_rows // degrees.data):
+            if workload.batch_rows // degrees.data // rows < degrees.pp:
+                break  # a pipeline needs a micro-batch for every stage
             choice = _settled(workload, degrees, rows, recompute)
             prediction = Prediction(workload=choice, cluster=cluster)
             if not prediction.fits:
@@ -164,14 +166,17 @@ def _sensible(workload: Workload, cluster: Cluster, degrees: Degrees) -> bool:
     replica = degrees.sharded * degrees.tp
     whole_nodes = replica % min(cluster.gpus_per_node, cluster.gpus) == 0
     pieces = degrees.cp == 1 or workload.seq_len // degrees.cp >= SHORTEST_PIECE
-    filled = workload.batch_rows // degrees.data >= degrees.pp
-    return pieces and filled and (degrees.dp_replicate == 1 or whole_nodes)
+    return pieces and (degrees.dp_replicate == 1 or whole_nodes)
 
 
 def _valid(workload: Workload, degrees: Degrees) -> bool:
     try:
         check_degrees(
-            workload.spec, degrees, seq_len=workload.seq_len, batch_rows=workload.batch_rows
+            workload.spec,
+            degrees,
+            seq_len=workload.seq_len,
+            batch_rows=workload.batch_rows,
+            micro_batch_rows=1,
         )
     except ConfigError:
         return False

@@ -2,10 +2,10 @@
 
 Every product takes ``max(FLOPs / achievable FLOP/s, bytes / achievable bytes/s)`` (roofline model,
 doi 10.1145/1498765.1498785); elementwise work and AdamW are bound by memory. FSDP's gathers and
-reductions hide behind a layer's computation as far as that lasts; tensor and context parallel
-communication does not. A pipeline of p stages and m micro-batches takes ``m + p - 1`` slots of its
-slowest stage (arXiv 2104.04473, section 2.2). Communication volumes: arXiv 1910.02054 (FSDP),
-2205.05198 (tensor and sequence parallel).
+reductions mostly hide behind a layer's computation as far as that lasts; tensor and context
+parallel communication does not. A pipeline of p stages and m micro-batches takes ``m + p - 1``
+slots of its slowest stage (arXiv 2104.04473, section 2.2). Communication volumes: arXiv 1910.02054
+(FSDP), 2205.05198 (tensor and sequence parallel).
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ PARTS: Final = (
     "bubble", "optimizer",
 )  # fmt: skip
 
-MATMUL_EFFICIENCY: Final = 0.64
-"""Share of the peak that large matrix products reach during training."""
+MATMUL_EFFICIENCY: Final = 0.68
+"""Share of the peak that large matrix products reach during training (measured on H100)."""
 
-ATTENTION_EFFICIENCY: Final = 0.40
-"""Share of the peak that FlashAttention-2's forward pass reaches on Hopper (arXiv 2307.08691 has
-0.6 to 0.7 on A100)."""
+ATTENTION_EFFICIENCY: Final = {64: 0.41, 128: 0.54}
+"""Share of the peak that attention's forward pass reaches, by width of a head (measured on H100
+with cuDNN's kernels)."""
 
 ATTENTION_BACKWARD: Final = 3.0
 """Time of attention's backward pass over its forward pass: 2.5 times the products, less well."""
@@ -49,6 +49,10 @@ MEMORY_EFFICIENCY: Final = 0.80
 LINK_EFFICIENCY: Final = 0.75
 """Share of link and network bandwidth that large NCCL collectives reach."""
 
+INTERFERENCE: Final = 0.3
+"""Share of hidden communication that computation loses to it, in multiprocessors and memory
+bandwidth (fitted to torchtitan's published figures for 8B parameters on A100 and H200)."""
+
 HOP_SECONDS: Final = 4e-6
 """Latency of one step of a ring."""
 
@@ -56,12 +60,15 @@ FLOAT8_SPEEDUP: Final = 1.4
 """Layers' products in float8 over bfloat16, casts included (a third more tokens per second for
 8B parameters in torchtitan's published figures)."""
 
-LOGIT_TRAFFIC: Final = 38.0
-"""Bytes read and written per logit: bfloat16 product, float32 softmax, bfloat16 slope, two more
-products."""
+LOGIT_TRAFFIC: Final = 6.0
+"""Bytes read and written per logit by the fused loss kernel (measured)."""
 
-HEAD_TRAFFIC: Final = 12.0
-"""Bytes per weight of the head and chunk: the gradient in bfloat16 is added to a float32 one."""
+WIDE_LOGIT_TRAFFIC: Final = 38.0
+"""The same without it, where the vocabulary is divided or products are float32: float32 copies
+are made, summed, and turned into slopes."""
+
+HEAD_TRAFFIC: Final = 8.0
+"""Bytes per weight of the head and chunk: its float32 gradient is read and written."""
 
 ADAMW_TRAFFIC: Final = 44.0
 """Bytes per parameter and step: update (28), norm (4), clipping (8), zeroing (4)."""
@@ -262,7 +269,8 @@ def _attention(workload: Workload, layer: int, hardware: Hardware) -> float:
         keys = min(keys, window)
     queries = spec.num_attention_heads * spec.head_dim / workload.degrees.tp
     flops = 4 * workload.tokens * keys * queries
-    return flops / (ATTENTION_EFFICIENCY * hardware.peak(workload.dtype))
+    efficiency = ATTENTION_EFFICIENCY[64 if spec.head_dim < 128 else 128]
+    return flops / (efficiency * hardware.peak(workload.dtype))
 
 
 def _elementwise(workload: Workload, layer: int, hardware: Hardware) -> float:
@@ -281,7 +289,8 @@ def _head_seconds(workload: Workload, hardware: Hardware) -> float:
     trained = plan.adapter is None
     weights = vocab * spec.hidden_size
     flops = (6 if trained else 4) * workload.tokens * weights
-    traffic = workload.tokens * vocab * LOGIT_TRAFFIC
+    fused = workload.degrees.tp == 1 and workload.width < MASTER_BYTES
+    traffic = workload.tokens * vocab * (LOGIT_TRAFFIC if fused else WIDE_LOGIT_TRAFFIC)
     if trained:
         traffic += HEAD_TRAFFIC * weights * max(1, workload.tokens / plan.loss_chunk_tokens)
     rate = MATMUL_EFFICIENCY * hardware.peak(workload.dtype)
@@ -292,19 +301,35 @@ def _layer_communication(
     workload: Workload, stage: Stage, cluster: Cluster, forward: float, backward: float
 ) -> float:
     """Seconds of one layer's communication for one micro-batch that nothing hides."""
-    degrees = workload.degrees
+    exposed = _tensor_communication(workload, cluster) + _context(workload, cluster)
+    if stage.count > 1:
+        return exposed  # a pipeline gathers and reduces once per step
     held = share(workload, stage)
-    gather = _collective(cluster, workload.width * held.layer, degrees.sharded, degrees.tp)
-    reduce = _collective(cluster, MASTER_BYTES * held.layer_trainable, degrees.sharded, degrees.tp)
-    replicas = 2 * _collective(
+    gather, reduce = _fsdp(workload, cluster, held.layer, held.layer_trainable)
+    return exposed + _exposed(gather, forward) + _exposed(gather + reduce, backward)
+
+
+def _fsdp(
+    workload: Workload, cluster: Cluster, elements: int, trainable: int
+) -> tuple[float, float]:
+    """Seconds to gather weights and to reduce gradients, over replicas as well."""
+    degrees = workload.degrees
+    gradients = MASTER_BYTES * trainable
+    gather = _collective(cluster, workload.width * elements, degrees.sharded, degrees.tp)
+    reduce = _collective(cluster, gradients, degrees.sharded, degrees.tp)
+    replicas = _collective(
         cluster,
-        MASTER_BYTES * held.layer_trainable / degrees.sharded,
+        gradients / degrees.sharded,
         degrees.dp_replicate,
         degrees.tp * degrees.sharded,
     )
-    again = 0.0 if stage.count > 1 else gather  # a pipeline keeps gathered weights
-    exposed = max(0.0, gather - forward) + max(0.0, again + reduce + replicas - backward)
-    return exposed + _tensor_communication(workload, cluster) + _context(workload, cluster)
+    return gather, reduce + 2 * replicas
+
+
+def _exposed(communication: float, computation: float) -> float:
+    """Seconds that communication adds to the computation that it runs beside."""
+    hidden = min(communication, computation)
+    return communication - hidden + INTERFERENCE * hidden
 
 
 def _tensor_communication(workload: Workload, cluster: Cluster) -> float:
@@ -323,15 +348,22 @@ def _context(workload: Workload, cluster: Cluster) -> float:
 
 
 def _once_per_step(workload: Workload, stage: Stage, cluster: Cluster) -> float:
-    """Weights outside the layers, and the hidden states that a pipeline hands on."""
+    """Weights outside the layers; in a pipeline all weights, and the hidden states handed on."""
     degrees, held = workload.degrees, share(workload, stage)
-    gather = _collective(cluster, workload.width * held.root, degrees.sharded, degrees.tp)
-    reduce = _collective(cluster, MASTER_BYTES * held.root_trainable, degrees.sharded, degrees.tp)
+    layers = held.layers if stage.count > 1 else 0
+    fsdp = sum(
+        _fsdp(
+            workload,
+            cluster,
+            held.root + layers * held.layer,
+            held.root_trainable + layers * held.layer_trainable,
+        )
+    )
     if stage.count == 1:
-        return gather + reduce
+        return fsdp
     hidden = workload.width * workload.tokens * workload.spec.hidden_size / degrees.tp
     hop = hidden / cluster.bandwidth(2, degrees.world // degrees.pp)
-    return gather + reduce + 2 * hop * (workload.micro_batches + stage.count - 1)
+    return fsdp + 2 * hop * (workload.micro_batches + stage.count - 1)
 
 
 def _collective(cluster: Cluster, size: float, processes: int, stride: int) -> float:

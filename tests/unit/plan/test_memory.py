@@ -174,3 +174,37 @@ def test_logits_never_exist_at_once() -> None:
     (memory,) = predict(workload(seq_len=8192, micro_batch_rows=4, loss_chunk_tokens=512))
     whole = 2 * 4 * 8192 * 151_936
     assert memory.logits < whole / 5
+
+
+# Peaks that benchmarks/plan_accuracy.py measured on one H100 80GB HBM3 with torch 2.11, in GiB:
+# model, rows x tokens of a micro-batch, recomputation, rows of the step, adapter.
+MEASURED = {
+    ("qwen2-0.5b", 1, 2048, "none", 1, None): 9.57,
+    ("qwen2-0.5b", 8, 2048, "none", 8, None): 23.38,
+    ("qwen2-0.5b", 4, 4096, "none", 8, None): 25.22,
+    ("qwen2-0.5b", 1, 8192, "none", 1, None): 15.49,
+    ("qwen2-0.5b", 4, 4096, "selective", 4, None): 17.08,
+    ("qwen2-0.5b", 8, 4096, "full", 8, None): 9.50,
+    ("qwen2-0.5b", 4, 8192, "full", 8, None): 11.32,
+    ("qwen2-1.5b", 2, 2048, "none", 2, None): 29.94,
+    ("qwen2-1.5b", 2, 8192, "full", 2, None): 24.84,
+    ("qwen2-1.5b", 4, 2048, "none", 4, LORA): 20.46,
+    ("qwen2-1.5b", 4, 4096, "full", 4, LORA): 8.30,
+    ("qwen2-1.5b", 4, 2048, "full", 4, NF4): 4.19,
+}
+
+
+@pytest.mark.parametrize(
+    "case", MEASURED, ids=lambda case: f"{case[0]} {case[1]}x{case[2]} {case[3]}"
+)
+def test_peaks_measured_on_a_gpu(case: tuple[Any, ...]) -> None:
+    model, rows, length, recompute, batch_rows, adapter = case
+    step = workload(
+        model,
+        seq_len=length,
+        batch_rows=batch_rows,
+        micro_batch_rows=rows,
+        recompute=recompute,
+        adapter=adapter,
+    )
+    assert fullest(step) / GIB == pytest.approx(MEASURED[case], rel=0.03)

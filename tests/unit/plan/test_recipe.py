@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qwen2kit.config.load import shipped
+from qwen2kit.config.tree import ParallelConfig
 from qwen2kit.errors import ConfigError
 from qwen2kit.plan.degrees import Degrees
 from qwen2kit.plan.recipe import phases_of, read, spec_of
@@ -23,9 +24,11 @@ def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", shipped())
 def test_shipped_recipes_can_be_planned(name: str) -> None:
     config = read(name, [])
-    (phase,) = phases_of(config, spec_of(config.model))
-    assert phase.degrees is None
-    assert phase.steps == config.train.steps
+    phase, *later = phases_of(config, spec_of(config.model))
+    assert (phase.degrees is None) == (config.parallel == ParallelConfig())
+    assert bool(later) == (config.long is not None)
+    steps = [p.steps for p in (phase, *later) if p.steps is not None]
+    assert sum(steps) == (config.train.steps or 0)
     step = phase.workload
     assert (step.seq_len, step.batch_rows) == (config.seq_len, config.train.batch_rows)
     assert step.plan.micro_batch_rows == config.train.micro_batch_rows
