@@ -138,12 +138,13 @@ def _memory_table(entries: list[dict[str, Any]]) -> Table:
 
     skipped = range(_STAGES_SHOWN - 1, len(entries) - 1)  # all but the first ones and the last
     shown = [entry for number, entry in enumerate(entries) if number not in skipped]
-    table = _table("GiB per GPU at the fullest moment")
+    several = len(entries) > 1
+    table = _table("GiB per GPU at the fullest moment", header=several)
     table.add_column("")
     for entry in shown:
         first, last = entry["stages"][0], entry["stages"][-1]
         stages = f"stage {first}" if first == last else f"stages {first}-{last}"
-        table.add_column(stages if len(entries) > 1 else "", justify="right")
+        table.add_column(stages, justify="right")
     for part in (*PARTS, "allocated", "on_device"):
         name = part.replace("_", " ")
         table.add_row(name, *(f"{entry[part] / _GIB:.2f}" for entry in shown))
@@ -152,9 +153,9 @@ def _memory_table(entries: list[dict[str, Any]]) -> Table:
 
 
 def _time_table(seconds: dict[str, float]) -> Table:
-    table = _table("seconds per step")
-    for heading in ("", "", ""):
-        table.add_column(heading, justify="right" if table.columns else "left")
+    table = _table("seconds per step", header=False)
+    for justify in ("left", "right", "right"):
+        table.add_column(justify=justify)
     for part, value in seconds.items():
         if value:
             table.add_row(part, f"{value:.3g}", f"{value / seconds['total']:.0%}")
@@ -163,11 +164,13 @@ def _time_table(seconds: dict[str, float]) -> Table:
 
 def _alternatives_table(alternatives: list[dict[str, Any]]) -> Table:
     table = _table("alternatives")
-    for heading in ("mesh", "seconds", "MFU", "GiB"):
+    for heading in ("mesh", "rows", "recompute", "seconds", "MFU", "GiB"):
         table.add_column(heading, justify="left" if heading == "mesh" else "right")
     for other in alternatives:
         table.add_row(
-            _mesh(other),
+            _axes(other),
+            str(other["micro_batch_rows"]),
+            other["recompute"],
             f"{other['seconds']['total']:.3g}",
             f"{other['mfu']:.1%}",
             f"{max(entry['on_device'] for entry in other['memory']) / _GIB:.1f}",
@@ -176,9 +179,13 @@ def _alternatives_table(alternatives: list[dict[str, Any]]) -> Table:
 
 
 def _mesh(plan: dict[str, Any]) -> str:
-    axes = [f"{axis}={size}" for axis, size in plan["parallel"].items() if size > 1]
     rows, recompute = plan["micro_batch_rows"], plan["recompute"]
-    return f"{' x '.join(axes) or 'one process'}, micro-batches of {rows}, recompute {recompute}"
+    return f"{_axes(plan)}, micro-batches of {rows}, recompute {recompute}"
+
+
+def _axes(plan: dict[str, Any]) -> str:
+    axes = [f"{axis}={size}" for axis, size in plan["parallel"].items() if size > 1]
+    return " x ".join(axes) or "one process"
 
 
 def _duration(plan: dict[str, Any]) -> str:
@@ -199,8 +206,10 @@ def _line(screen: Console, *texts: str) -> None:
         screen.print(text, markup=False, soft_wrap=True)
 
 
-def _table(title: str) -> Table:
+def _table(title: str, *, header: bool = True) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    return Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, show_header=header
+    )

@@ -15,7 +15,7 @@ from typing import Final, get_args
 from qwen2kit.backend.plan import Recompute
 from qwen2kit.errors import ConfigError
 from qwen2kit.plan import memory, time
-from qwen2kit.plan.degrees import MESH_AXES, Degrees, check_degrees
+from qwen2kit.plan.degrees import Degrees, check_degrees
 from qwen2kit.plan.memory import Memory
 from qwen2kit.plan.time import Cluster, StepTime
 from qwen2kit.plan.workload import Workload
@@ -24,7 +24,7 @@ HEADROOM: Final = 0.95
 """Share of the device's memory that a proposal may need."""
 
 SIMPLICITY: Final = 0.01
-"""What a mesh axis must gain in time to be worth having."""
+"""What a mesh axis, or filling the memory instead of leaving it empty, must gain in time."""
 
 SHORTEST_PIECE: Final = 4096
 """Tokens of a row that context parallelism leaves each process at least; shorter products and
@@ -158,8 +158,10 @@ def _settled(workload: Workload, degrees: Degrees, rows: int, recompute: Recompu
 
 
 def _cost(prediction: Prediction) -> float:
-    axes: int = sum(getattr(prediction.workload.degrees, axis) > 1 for axis in MESH_AXES)
-    return prediction.time.total * (1 + SIMPLICITY * axes)
+    degrees = prediction.workload.degrees
+    axes = sum(size > 1 for size in degrees.sizes)
+    filled = prediction.needs / prediction.cluster.hardware.memory_bytes
+    return prediction.time.total * (1 + SIMPLICITY * (axes + filled))
 
 
 def _sensible(workload: Workload, cluster: Cluster, degrees: Degrees) -> bool:

@@ -64,14 +64,16 @@ def settle(phase: Phase, cluster: Cluster) -> tuple[Prediction, ...]:
     return found
 
 
-def toml(workload: Workload) -> str:
-    """The lines of a recipe that choose this way to compute the step."""
+def toml(workload: Workload, phase: str = "training") -> str:
+    """The lines of a recipe that choose this way to compute the step of a phase."""
     degrees, plan = workload.degrees, workload.plan
     mesh = [f"{axis} = {size}" for axis, size in zip(MESH_AXES, degrees.sizes, strict=True)]
     if degrees.pp > 1:
         mesh.append(f'schedule = "{degrees.schedule}"')
     step = [f"micro_batch_rows = {plan.micro_batch_rows}", f'recompute = "{plan.recompute}"']
-    return "\n".join(["[parallel]", *mesh, "", "[train]", *step])
+    long = phase == "long"
+    step_table, mesh_table = ("long", "long.parallel") if long else ("train", "parallel")
+    return "\n".join([f"[{step_table}]", *step, "", f"[{mesh_table}]", *mesh])
 
 
 def _phase(phase: Phase, cluster: Cluster, tokens: float | None) -> dict[str, Any]:
@@ -89,13 +91,13 @@ def _phase(phase: Phase, cluster: Cluster, tokens: float | None) -> dict[str, An
         "tokens_per_step": workload.tokens_per_step,
         "dtype": workload.dtype,
         "flops_per_token": time.flops_per_token(workload),
-        "plan": _prediction(chosen, tokens),
-        "alternatives": [_prediction(other, tokens) for other in alternatives],
+        "plan": _prediction(chosen, phase, tokens),
+        "alternatives": [_prediction(other, phase, tokens) for other in alternatives],
         "notes": _notes(workload),
     }
 
 
-def _prediction(prediction: Prediction, tokens: float | None) -> dict[str, Any]:
+def _prediction(prediction: Prediction, phase: Phase, tokens: float | None) -> dict[str, Any]:
     workload, step = prediction.workload, prediction.time
     rate = time.tokens_per_second(workload, step.total)
     return {
@@ -112,7 +114,7 @@ def _prediction(prediction: Prediction, tokens: float | None) -> dict[str, Any]:
         "tokens": tokens,
         "days": None if tokens is None else tokens / rate / SECONDS_PER_DAY,
         "reasons": list(reasons(prediction)),
-        "toml": toml(workload),
+        "toml": toml(workload, phase.name),
     }
 
 

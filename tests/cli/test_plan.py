@@ -102,6 +102,10 @@ def test_a_long_phase_has_a_plan_of_its_own() -> None:
     assert (first["name"], second["name"]) == ("training", "long")
     assert first["plan"]["tokens"] + second["plan"]["tokens"] == pytest.approx(1e12)
     assert document["days"] == first["plan"]["days"] + second["plan"]["days"]
+    assert set(tomllib.loads(first["plan"]["toml"])) == {"train", "parallel"}
+    assert set(tomllib.loads(second["plan"]["toml"])["long"]) == {
+        "micro_batch_rows", "recompute", "parallel",
+    }  # fmt: skip
 
 
 def test_pipeline_stages_are_told_apart() -> None:

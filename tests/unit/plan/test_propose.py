@@ -50,7 +50,8 @@ def test_every_proposal_is_valid_and_fits(
         needs = max(memory.on_device(gpus) for memory in predict_memory(step))
         assert needs == prediction.needs <= HEADROOM * machine.hardware.memory_bytes
         axes = sum(size > 1 for size in step.degrees.sizes)
-        costs.append(prediction.time.total * (1 + 0.01 * axes))
+        filled = needs / machine.hardware.memory_bytes
+        costs.append(prediction.time.total * (1 + 0.01 * (axes + filled)))
     assert costs == sorted(costs)
     assert len({prediction.workload.degrees for prediction in found}) == len(found)
 
