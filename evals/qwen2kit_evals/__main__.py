@@ -3,8 +3,9 @@
     python -m qwen2kit_evals run --model qwen2kit \\
         --model_args pretrained=DIR,backend=mlx,dtype=float32,batch_size=8 --tasks gsm8k
 
-lm-eval 0.4 imports only models it ships, hence this entry. Everything is lm-eval's, but for one
-option of ours: ``--datasets DIR`` reads data in Hub layout from disk, without network.
+lm-eval 0.4 imports only models it ships, hence this entry. Everything is lm-eval's, but for two
+options of ours: ``--datasets DIR`` reads data in Hub layout from disk, without network, and
+``--allow-code-execution`` runs the programs of code tasks in our sandbox.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 
 from qwen2kit.cli.output import fail
 from qwen2kit.errors import Qwen2KitError
+from qwen2kit_evals.code_eval import CONSENT, CodeEval, code_execution
+from qwen2kit_evals.sandbox.probe import strongest_sandbox
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument("--datasets")
+    own.add_argument(CONSENT, action="store_true", dest="programs")
     options, rest = own.parse_known_args(arguments)
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -31,8 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         from qwen2kit_evals.local_data import LocalData, local_datasets
 
         data = LocalData(options.datasets) if options.datasets else None
-        sys.argv = ["lm-eval", *rest]
-        with local_datasets(data):
+        code = CodeEval(strongest_sandbox()) if options.programs else None
+        sys.argv = ["lm-eval", *rest, *(["--confirm_run_unsafe_code"] if code else [])]
+        with local_datasets(data), code_execution(code):
             cli_evaluate()
     except Qwen2KitError as error:
         fail(str(error), error.exit_code)

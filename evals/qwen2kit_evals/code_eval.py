@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import asdict
 from math import comb
 from typing import Any
 
@@ -50,24 +51,27 @@ class CodeEval:
     def __init__(self, isolation: Isolation, workers: int | None = None) -> None:
         self._isolation = isolation
         self._workers = workers or os.cpu_count() or 1
-        self._outcomes: dict[str, Outcome] = {}
+        self._known: dict[str, Outcome] = {}
+        self._answers: dict[str, Outcome] = {}
 
-    def run(self, programs: Iterable[str], *, progress: bool = True) -> list[Outcome]:
-        """Outcomes of ``programs``, in their order.
+    def run(self, programs: Iterable[str]) -> list[Outcome]:
+        """Outcomes of a model's programs, in their order, with progress; `document` counts them.
 
         Raises:
             SandboxError: the sandbox cannot be set up any more.
         """
         wanted = list(programs)
-        new = [text for text in dict.fromkeys(wanted) if text not in self._outcomes]
+        ends = self._run(wanted, progress=True)
+        self._answers.update(zip(wanted, ends, strict=True))
+        return ends
+
+    def _run(self, wanted: Sequence[str], *, progress: bool = False) -> list[Outcome]:
+        new = [text for text in dict.fromkeys(wanted) if text not in self._known]
         with ThreadPoolExecutor(self._workers) as pool:
-            ran = pool.map(self._isolation.sandbox.run, new)
-            bar = tqdm(zip(new, ran, strict=True), "Running programs", len(new), disable=not (
-                progress and new
-            ))  # fmt: skip
-            for text, outcome in bar:
-                self._outcomes[text] = outcome
-        return [self._outcomes[text] for text in wanted]
+            ran = zip(new, pool.map(self._isolation.sandbox.run, new), strict=True)
+            silent = not (progress and new)
+            self._known.update(tqdm(ran, "Running programs", len(new), disable=silent))
+        return [self._known[text] for text in wanted]
 
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int]
@@ -84,7 +88,7 @@ class CodeEval:
         """
         results: dict[int, list[tuple[int, dict[str, Any]]]] = {}
         for problem, (test, programs) in enumerate(zip(references, predictions, strict=True)):
-            outcomes = self.run(joined(programs, test), progress=False)
+            outcomes = self._run(joined(programs, test))
             results[problem] = [
                 (number, _result(problem, number, outcome))
                 for number, outcome in enumerate(outcomes)
@@ -100,12 +104,12 @@ class CodeEval:
         return scores, results
 
     def outcomes(self) -> Mapping[str, Outcome]:
-        """How every program so far has ended."""
-        return self._outcomes
+        """How every program that `run` was given has ended."""
+        return self._answers
 
     def document(self) -> dict[str, Any]:
         """For results: the isolation in force, and how many programs ended how."""
-        verdicts = Counter(outcome.verdict for outcome in self._outcomes.values())
+        verdicts = Counter(outcome.verdict for outcome in self._answers.values())
         return self._isolation.document() | {
             "programs": dict(sorted(verdicts.items())),
             "workers": self._workers,
@@ -189,11 +193,29 @@ def run_ahead(task: Any) -> None:
     task.apply_filters = apply_filters
 
 
+def with_outcomes(
+    samples: Sequence[dict[str, Any]], code: CodeEval | None
+) -> Sequence[dict[str, Any]]:
+    """Rows of `results.sample_rows`; where programs were run for them, with how each ended."""
+    if code is None:
+        return samples
+    rows = []
+    for sample in samples:
+        programs = [text for kept in sample["filtered"] for text in _tested(kept, sample["target"])]
+        ends = [end for text in programs if (end := code.outcomes().get(text)) is not None]
+        rows.append(sample | ({"programs": [asdict(end) for end in ends]} if ends else {}))
+    return rows
+
+
 def _programs(task: Any) -> Iterator[str]:
     for instance in task.instances:
         test = task.doc_to_target(instance.doc)
         for responses in instance.filtered_resps.values():
-            yield from joined([responses] if isinstance(responses, str) else responses, test)
+            yield from _tested(responses, test)
+
+
+def _tested(responses: str | Sequence[str], test: Any) -> list[str]:
+    return joined([responses] if isinstance(responses, str) else responses, str(test))
 
 
 def _result(problem: int, number: int, outcome: Outcome) -> dict[str, Any]:

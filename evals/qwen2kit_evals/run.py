@@ -14,7 +14,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError, TokenizerError
-from qwen2kit_evals.code_eval import active, execution_notice, run_ahead
+from qwen2kit_evals.code_eval import active, execution_notice, run_ahead, with_outcomes
 from qwen2kit_evals.harness import DEFAULT_BATCH_SIZE, Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
 from qwen2kit_evals.metric_rows import metric_rows
@@ -104,7 +104,7 @@ def evaluate(
         provenance=plain({"model": about, "evaluation": settings}),
         notices=(*tasks.notices, *_truncation_notice(model), *_execution_notice()),
         samples={
-            task: sample_rows(logged)
+            task: with_outcomes(sample_rows(logged), active())
             for report in reports
             for task, logged in report.get("samples", {}).items()
         },
