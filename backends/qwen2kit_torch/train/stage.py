@@ -113,7 +113,7 @@ class TrainStage(nn.Module):
             if not self._place.last:
                 return x
             x = self.network.model.norm(x)
-        return (self._loss(x, micro) * self.scale)[None]
+        return self._loss(x, micro)[None] * self.scale
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x: Tensor = self.network.model.embed_tokens(tokens).to(self._arithmetic.dtype)
