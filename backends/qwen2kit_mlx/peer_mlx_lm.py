@@ -29,6 +29,8 @@ class MLXLMPeer:
                 "reads MLX and Hugging Face directories, not GGUF; "
                 "convert with: qwen2kit convert MODEL --to mlx"
             )
+        if checkpoint.format == "gptq":
+            return "does not read GPTQ; convert with: qwen2kit convert MODEL --to mlx"
         return ""
 
     def load(self, checkpoint: Checkpoint, dtype: str) -> LoadedMLXLM:

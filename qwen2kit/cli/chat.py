@@ -106,6 +106,8 @@ def _open(
     session = ChatSession(loaded, system=system, **sampling)
     for key in loaded.checkpoint.generation.ignored:
         console().print(f"note: {key} of generation_config.json is not supported", markup=False)
+    for note in loaded.checkpoint.notes:
+        console().print(f"note: {note}", markup=False)
     if not session.is_chat:
         console().print("This model has no chat template: it continues your text.")
     return session

@@ -70,6 +70,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "quantization": None
         if quantization is None
         else {"bits": quantization.bits, "group_size": quantization.group_size},
+        "packing": None if checkpoint.packing is None else checkpoint.packing.describe(),
+        "notes": list(checkpoint.notes),
         "tensors": len(checkpoint.weights.names()),
         **describe_spec(checkpoint.spec),
         "tokenizer": {

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwen2kit.errors import Qwen2KitError, WeightError
 from qwen2kit.spec.hf import from_hf_config
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import FINAL_NORM
 from qwen2kit.weights.generation import GenerationDefaults, read_generation
-from qwen2kit.weights.hf_layout import open_weights, read_json, refuse_foreign_quantization
+from qwen2kit.weights.hf_layout import open_weights, read_json
 from qwen2kit.weights.locate import ADAPTER_CONFIG
 from qwen2kit.weights.match import check_fits
 from qwen2kit.weights.mlx_layout import MlxSource, is_mlx
+from qwen2kit.weights.packed_layout import PackedSource
+from qwen2kit.weights.packing import Packing, read_packing
 from qwen2kit.weights.quantization import Quantization, read_quantization
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
@@ -24,7 +26,7 @@ from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
 if TYPE_CHECKING:
     from qwen2kit.tokenizer.bpe import Tokenizer
 
-Format = Literal["hf", "mlx", "gguf"]
+Format = Literal["hf", "mlx", "gguf", "awq", "gptq"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +41,11 @@ class Checkpoint:
         dtype: stored float dtype: of the scales where MLX packs weights, bfloat16 for GGUF block
             types.
         quantization: MLX affine settings, or None. GGUF block types are per tensor and not here.
+            For AWQ and GPTQ: those that keep the weights exactly as they are packed.
         generation: stop ids and sampling defaults.
         adapter: directory of the LoRA adapter that ``weights`` include, or None.
+        packing: the AWQ or GPTQ encoding, or None.
+        notes: what a user should know about how the weights are read.
     """
 
     path: Path
@@ -52,6 +57,8 @@ class Checkpoint:
     generation: GenerationDefaults
     load_tokenizer: Callable[[], Tokenizer] = field(repr=False, compare=False)
     adapter: Path | None = None
+    packing: Packing | None = None
+    notes: tuple[str, ...] = ()
 
     def tokenizer(self) -> Tokenizer:
         """Read the tokenizer that belongs to the model. Raises TokenizerError."""
@@ -59,7 +66,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model directory (HF or MLX layout) or a ``.gguf`` file.
+    """Open a model directory (HF or MLX layout, AWQ or GPTQ) or a ``.gguf`` file.
 
     An adapter directory is opened together with the base model that it names.
 
@@ -84,26 +91,45 @@ def _open_directory(path: Path) -> Checkpoint:
         raise WeightError(f"{path}: no config.json; this is not a model directory")
     config = read_json(config_path)
     try:
-        refuse_foreign_quantization(config)
+        packing = read_packing(config)
         spec = from_hf_config(config)
-        quantization = read_quantization(config)
-        files = open_weights(path)
-        mlx = quantization is not None or is_mlx(files)
-        weights = MlxSource(spec, files, quantization) if mlx else files
-        check_fits(spec, weights)
+        files = _open_layout(path, config, spec, packing)
+        check_fits(spec, files.weights)
     except Qwen2KitError as error:
         raise type(error)(_with_path(path, str(error))) from error
     tokenizer = cache(lambda: _tokenizer_from_dir(path))
     return Checkpoint(
         path=path,
-        format="mlx" if mlx else "hf",
+        format=files.format,
         spec=spec,
-        weights=weights,
-        dtype=_float_dtype(path, weights),
-        quantization=quantization,
+        weights=files.weights,
+        dtype=_float_dtype(path, files.weights),
+        quantization=files.quantization,
         generation=read_generation(path, spec, tokenizer),
         load_tokenizer=tokenizer,
+        packing=packing,
+        notes=files.weights.notes() if isinstance(files.weights, PackedSource) else (),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    format: Format
+    weights: WeightSource
+    quantization: Quantization | None
+
+
+def _open_layout(
+    path: Path, config: Mapping[str, Any], spec: ModelSpec, packing: Packing | None
+) -> _Layout:
+    if packing is not None:
+        packed = PackedSource(spec, open_weights(path), packing)
+        return _Layout(packing.method, packed, packed.quantization(spec))
+    quantization = read_quantization(config)
+    files = open_weights(path)
+    if quantization is not None or is_mlx(files):
+        return _Layout("mlx", MlxSource(spec, files, quantization), quantization)
+    return _Layout("hf", files, None)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen2kit.errors import ConfigError
 from qwen2kit.spec.hf import to_hf_config
@@ -23,6 +23,7 @@ from qwen2kit.weights.staging import refuse_overwrite, staged_directory
 from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
 
 RECORD_NAME = "qwen2kit.json"
+Target = Literal["hf", "mlx", "gguf"]
 Progress = Callable[[str], None]
 _GGUF_OF: dict[DType, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 
@@ -46,7 +47,7 @@ class ConversionReport:
     source: Path
     source_format: Format
     out: Path
-    format: Format
+    format: Target
     dtype: DType
     quantization: str | None
     tensors: int
@@ -77,7 +78,7 @@ def convert(
     source: Checkpoint,
     out: Path,
     *,
-    to: Format,
+    to: Target,
     dtype: DType | None = None,
     quantize_bits: int | None = None,
     group_size: int = 64,
@@ -93,7 +94,8 @@ def convert(
         out: a directory (hf, mlx) or a ``.gguf`` file; appears only when complete.
         to: target layout.
         dtype: float dtype; by default the source's (bfloat16 for GGUF block types).
-        quantize_bits: MLX only: pack matrices and embedding to this many bits.
+        quantize_bits: MLX only: pack matrices and embedding to this many bits. Without it, AWQ
+            and GPTQ weights that MLX can hold exactly stay packed; all others become dense.
         group_size: MLX only: values that share a scale.
         gguf_type: GGUF only: type of the matrices; by default that of ``dtype``.
         max_shard_bytes: size limit of one safetensors file.
@@ -130,7 +132,7 @@ def convert(
 
 def _job(
     source: Checkpoint,
-    to: Format,
+    to: Target,
     dtype: DType | None,
     bits: int | None,
     group_size: int,
@@ -152,14 +154,22 @@ def _job(
     return _Job(
         source=source,
         dtype=stored,
-        quantization=None if bits is None else Quantization(bits, group_size),
+        quantization=_quantization(source, to, bits, group_size),
         gguf_type=(gguf_type or _GGUF_OF[stored]) if to == "gguf" else None,
         max_shard_bytes=max_shard_bytes,
         progress=progress,
     )
 
 
-def _check_paths(source: Checkpoint, out: Path, to: Format) -> None:
+def _quantization(
+    source: Checkpoint, to: Target, bits: int | None, group_size: int
+) -> Quantization | None:
+    if bits is not None:
+        return Quantization(bits, group_size)
+    return source.quantization if to == "mlx" and source.packing is not None else None
+
+
+def _check_paths(source: Checkpoint, out: Path, to: Target) -> None:
     if to == "gguf" and out.suffix.lower() != ".gguf":
         raise ConfigError(f"{out}: a GGUF output needs a name that ends in .gguf")
     if to != "gguf" and out.suffix.lower() == ".gguf":
@@ -180,7 +190,7 @@ def _to_gguf(job: _Job, out: Path, force: bool) -> dict[str, str]:
     return sums
 
 
-def _to_directory(job: _Job, staging: Path, to: Format) -> dict[str, str]:
+def _to_directory(job: _Job, staging: Path, to: Target) -> dict[str, str]:
     source, spec = job.source, job.source.spec
     source.tokenizer().save(staging, model_max_length=spec.max_position_embeddings)
     if to == "hf":
@@ -204,11 +214,7 @@ def _to_directory(job: _Job, staging: Path, to: Format) -> dict[str, str]:
         )
     config = to_hf_config(spec, dtype=job.dtype)
     if job.quantization is not None:
-        settings = {
-            "group_size": job.quantization.group_size,
-            "bits": job.quantization.bits,
-            "mode": "affine",
-        }
+        settings = job.quantization.to_config()
         config |= {"quantization": settings, "quantization_config": settings}
     _write_json(staging / "config.json", config)
     _write_json(staging / "generation_config.json", source.generation.to_hf(spec))

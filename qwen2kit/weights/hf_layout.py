@@ -1,14 +1,13 @@
 """A directory in Hugging Face layout: config.json and safetensors, single or sharded.
 
-Finds the weight files, follows the index strictly, and refuses storage that is not plain dense
-safetensors (pickles, adapters, AWQ/GPTQ/bitsandbytes) by name.
+Finds the weight files, follows the index strictly, and refuses storage that is not safetensors
+(pickles, adapters) by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +55,6 @@ def open_weights(directory: Path) -> SafetensorsSource:
             "download the missing files"
         )
     return SafetensorsSource([SafetensorsFile(path) for path in paths])
-
-
-def refuse_foreign_quantization(config: Mapping[str, Any]) -> None:
-    """WeightError if config.json announces AWQ, GPTQ, bitsandbytes or another packed storage."""
-    entry = config.get("quantization_config")
-    if not isinstance(entry, Mapping) or "quant_method" not in entry:
-        return
-    raise WeightError(
-        f"the checkpoint is quantised with {entry['quant_method']!r}, which is not read; "
-        "convert from the unquantised checkpoint"
-    )
 
 
 def _open_indexed(directory: Path, index: Path) -> SafetensorsSource:

@@ -40,6 +40,18 @@ class Quantization:
         """``(bits, group_size)`` of a module path (tensor name without ``.weight``)."""
         return self.overrides.get(module, (self.bits, self.group_size))
 
+    def to_config(self) -> dict[str, Any]:
+        """The ``quantization`` entry of config.json, as mlx-lm writes it."""
+        return {
+            "group_size": self.group_size,
+            "bits": self.bits,
+            "mode": "affine",
+            **{
+                module: False if pair is None else {"bits": pair[0], "group_size": pair[1]}
+                for module, pair in self.overrides.items()
+            },
+        }
+
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
     """The MLX quantisation that ``config`` announces, or None.

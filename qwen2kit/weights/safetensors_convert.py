@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -56,7 +57,7 @@ def write_mlx_weights(
 ) -> dict[str, str]:
     """Write MLX tensors, quantised where mlx-lm would; returns sha256 by stored name.
 
-    A tensor that is already packed the same way is copied, not quantised again.
+    A tensor that is already packed the same way keeps its codes; it is not quantised again.
     """
     tensors = list(mlx_tensors(spec))
     plan = [entry for tensor in tensors for entry in _planned(tensor, dtype, quantization)]
@@ -66,11 +67,12 @@ def write_mlx_weights(
     ) as writer:
         for tensor in tensors:
             progress(tensor.name)
-            if quantization is None or not is_quantized_in_mlx(tensor, quantization):
+            settings = _settings(tensor, quantization)
+            if settings is None:
                 dense = [weights.read(param.name).astype(dtype) for param in tensor.params]
                 _put(writer, sums, tensor.name, _join(tensor, dense))
                 continue
-            packed = [_pack(weights, param.name, dtype, quantization) for param in tensor.params]
+            packed = [_pack(weights, param.name, dtype, *settings) for param in tensor.params]
             for part, pieces in (
                 ("weight", [piece.packed for piece in packed]),
                 ("scales", [piece.scales for piece in packed]),
@@ -83,28 +85,33 @@ def write_mlx_weights(
 def _planned(
     tensor: StoredTensor, dtype: DType, quantization: Quantization | None
 ) -> list[tuple[str, TensorInfo]]:
-    if quantization is None or not is_quantized_in_mlx(tensor, quantization):
+    settings = _settings(tensor, quantization)
+    if settings is None:
         return [(tensor.name, TensorInfo(dtype, tensor.shape))]
+    bits, group_size = settings
     *lead, width = tensor.shape
-    groups = (*lead, width // quantization.group_size)
+    groups = (*lead, width // group_size)
     return [
-        (tensor.name, TensorInfo("uint32", (*lead, width * quantization.bits // 32))),
+        (tensor.name, TensorInfo("uint32", (*lead, width * bits // 32))),
         (f"{tensor.module}.scales", TensorInfo(dtype, groups)),
         (f"{tensor.module}.biases", TensorInfo(dtype, groups)),
     ]
 
 
+def _settings(tensor: StoredTensor, quantization: Quantization | None) -> tuple[int, int] | None:
+    """``(bits, group_size)`` of a tensor that is stored packed, or None."""
+    if quantization is None or not is_quantized_in_mlx(tensor, quantization):
+        return None
+    return quantization.of(tensor.module)
+
+
 def _pack(
-    weights: WeightSource, name: str, dtype: DType, quantization: Quantization
+    weights: WeightSource, name: str, dtype: DType, bits: int, group_size: int
 ) -> AffineTensor:
-    bits, group_size = quantization.bits, quantization.group_size
     packed = weights.affine(name)
-    if (
-        packed is not None
-        and packed.scales.dtype == dtype
-        and (packed.bits, packed.group_size) == (bits, group_size)
-    ):
-        return packed
+    if packed is not None and (packed.bits, packed.group_size) == (bits, group_size):
+        scales, biases = packed.scales.astype(dtype), packed.biases.astype(dtype)
+        return replace(packed, scales=scales, biases=biases)
     return quantize(weights.read(name).astype(dtype), bits=bits, group_size=group_size)
 
 

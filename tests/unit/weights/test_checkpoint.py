@@ -49,7 +49,7 @@ def test_transformers_sharded_output_opens(model: Path, tmp_path: Path) -> None:
         assert np.array_equal(a.weights.read(name).raw(), b.weights.read(name).raw())
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "fp8", "compressed-tensors"])
 def test_foreign_quantisation_is_refused_by_name(model: Path, method: str) -> None:
     _edit(model / "config.json", quantization_config={"quant_method": method, "bits": 4})
     with pytest.raises(WeightError, match=f"'{method}'.*unquantised checkpoint"):
