@@ -85,6 +85,17 @@ class KVCache:
         assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
         self.lengths = list(lengths)
 
+    def keep_slots(self, slots: Sequence[int]) -> None:
+        """Drop all slots but ``slots`` (of a cache of one row), which keep the given order."""
+        assert len(self.lengths) == 1
+        count = len(slots)
+        if any(slot != index for index, slot in enumerate(slots)):
+            index = torch.tensor(slots, device=self._layers[0][0].device)
+            for pair in self._layers:
+                for part in pair:
+                    part[:, :, :count] = part[:, :, index]
+        self.truncate([count])
+
     def keep_rows(self, rows: Sequence[int]) -> None:
         """Drop all rows but ``rows``, which keep the given order."""
         index = torch.tensor(rows, device=self._layers[0][0].device)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,11 +183,11 @@ class Qwen2(nn.Module):
         self._packed_head: Tensor | None = None
         self._settled = False
         self.rotary = Rotary(spec)
-        self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+        self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
-    def forward(self, tokens: Tensor, **kwargs: Tensor | KVCache | None) -> Tensor:
+    def forward(self, tokens: Tensor, **kwargs: Any) -> Tensor:
         """Logits ``[B, T, V]``; keyword arguments are those of `forward_hidden`."""
-        return self.head(self.forward_hidden(tokens, **kwargs))  # type: ignore[arg-type]
+        return self.head(self.forward_hidden(tokens, **kwargs))
 
     def forward_hidden(
         self,
@@ -195,6 +196,7 @@ class Qwen2(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
+        visible: Mapping[int | None, Attend] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, ``[B, T, D]``.
 
@@ -205,12 +207,16 @@ class Qwen2(nn.Module):
             documents: document numbers ``[B, T]`` which attention must not cross (padding may be
                 one more document, e.g. -1). Not together with a cache.
             cache: holds earlier tokens; ``tokens`` are appended to it.
+            visible: attention for every window length in use, where a causal mask over the
+                cache and ``tokens`` is not what is wanted.
 
         Raises:
             BackendError: a dual-chunk model is asked for more than ``chunk_size + 1`` tokens, up
                 to which dual chunk attention is the same as full attention.
         """
-        trace = self.hidden_trace(tokens, positions=positions, documents=documents, cache=cache)
+        trace = self.hidden_trace(
+            tokens, positions=positions, documents=documents, cache=cache, visible=visible
+        )
         return deque(trace, maxlen=1).pop()
 
     def hidden_trace(
@@ -220,20 +226,23 @@ class Qwen2(nn.Module):
         positions: Tensor | None = None,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
+        visible: Mapping[int | None, Attend] | None = None,
     ) -> Iterator[Tensor]:
         """The residual stream, one ``[B, T, D]`` at a time: embedding, every layer's output, final
         norm's output. Arguments and errors are those of `forward_hidden`."""
         assert cache is None or documents is None
         length = tokens.shape[1]
         start = [0] if cache is None else cache.lengths
-        self._check_length(max(start) + length)
+        if visible is None:
+            self._check_length(max(start) + length)
         if cache is not None:
             cache.reserve(length)
         x_BTD = self.model.embed_tokens(tokens)
         rope = self._rope(positions, start, length, x_BTD)
-        visible = visibilities(
-            self._windows, start=start, length=length, documents=documents, device=tokens.device
-        )
+        if visible is None:
+            visible = visibilities(
+                self.windows, start=start, length=length, documents=documents, device=tokens.device
+            )
         yield x_BTD
         for layer in self.model.layers:
             x_BTD = layer(x_BTD, rope, visible, cache)

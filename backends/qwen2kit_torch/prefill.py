@@ -13,13 +13,13 @@ from torch import Tensor
 from qwen2kit_torch.kv_cache import KVCache
 from qwen2kit_torch.model import Qwen2
 
-_TOKENS_PER_PASS = 2048
+TOKENS_PER_PASS = 2048
 _LOGITS_PER_SLICE = 1 << 25
 
 
 def feed(model: Qwen2, tokens_RT: Tensor, cache: KVCache) -> Iterator[Tensor]:
     """Append tokens to the cache; yields final hidden states ``[R, t, D]`` slice by slice."""
-    step = max(1, _TOKENS_PER_PASS // len(tokens_RT))
+    step = max(1, TOKENS_PER_PASS // len(tokens_RT))
     for start in range(0, tokens_RT.shape[1], step):
         yield model.forward_hidden(tokens_RT[:, start : start + step], cache=cache)
 

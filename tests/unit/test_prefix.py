@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen2kit.backend.protocol import ScoreRequest
 from qwen2kit.generate.prefix import plan_scores
+from qwen2kit.generate.prefix_pack import pack_steps
 
 few_tokens = st.lists(st.integers(0, 2), min_size=1, max_size=7).map(tuple)
 request_lists = st.lists(st.builds(ScoreRequest, few_tokens, few_tokens), max_size=12)
@@ -74,3 +76,49 @@ def test_few_shot_prefix_is_computed_once() -> None:
 
 def test_no_requests_no_steps() -> None:
     assert list(plan_scores([])) == []
+
+
+@settings(max_examples=400, deadline=None)
+@given(request_lists, st.integers(1, 30), st.none() | st.integers(1, 4))
+def test_packed_tokens_see_their_own_path_and_nothing_else(
+    requests: list[ScoreRequest], budget: int, window: int | None
+) -> None:
+    slots: list[tuple[int, int]] = []  # (token, position) of everything the last pass could see
+    scored: list[int] = []
+    for pack in pack_steps(plan_scores(requests), budget):
+        trunk = [slots[slot] for slot in pack.kept]
+        assert [position for _, position in trunk] == list(range(len(trunk)))
+        fed = list(zip(pack.tokens.tolist(), pack.positions.tolist(), strict=True))
+        slots = trunk + fed
+        assert pack.is_plain or len(fed) <= budget
+        seen = pack.visible()
+        windowed = pack.visible(window)
+        for row, place in enumerate(pack.positions.tolist()):
+            path = sorted((slots[s][1], slots[s][0]) for s in np.flatnonzero(seen[row]))
+            assert [position for position, _ in path] == list(range(place + 1))
+            last = np.flatnonzero(pack.runs == pack.runs[row])[-1]
+            whole = sorted((slots[s][1], slots[s][0]) for s in np.flatnonzero(seen[last]))
+            assert whole[: place + 1] == path
+        for target in pack.targets:
+            request = requests[target.request]
+            path = inputs_of(request)
+            for offset, token in enumerate(target.tokens):
+                row = target.first + offset
+                place = len(request.context) - 1 + offset
+                visible = sorted((slots[s][1], slots[s][0]) for s in np.flatnonzero(seen[row]))
+                assert visible == list(enumerate(path[: place + 1]))
+                near = {slots[s][1] for s in np.flatnonzero(windowed[row])}
+                low = 0 if window is None else max(0, place - window + 1)
+                assert near == set(range(low, place + 1))
+                assert token == request.continuation[offset]
+            scored.append(target.request)
+    assert sorted(scored) == list(range(len(requests)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(request_lists, st.integers(1, 30))
+def test_packs_feed_what_the_steps_feed(requests: list[ScoreRequest], budget: int) -> None:
+    steps = list(plan_scores(requests))
+    packs = list(pack_steps(steps, budget))
+    fed = [token for pack in packs for token in pack.tokens]
+    assert fed == [token for step in steps for token in step.feed]

@@ -50,7 +50,7 @@ def test_sliced_prefill_equals_one_pass(name: str, monkeypatch: pytest.MonkeyPat
     model = ours(SPECS[name])
     sampling = Sampling(max_new_tokens=12)
     expected = tokens_of(model.generate(RAGGED, sampling))
-    monkeypatch.setattr("qwen2kit_torch.prefill._TOKENS_PER_PASS", 12)
+    monkeypatch.setattr("qwen2kit_torch.prefill.TOKENS_PER_PASS", 12)
     assert tokens_of(model.generate(RAGGED, sampling)) == expected
 
 

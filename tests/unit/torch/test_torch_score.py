@@ -27,9 +27,13 @@ def _requests() -> list[ScoreRequest]:
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("slices", ["whole", "sliced"])
-def test_scores_match_transformers(name: str, slices: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pack", [1, 30, 256])
+def test_scores_match_transformers(
+    name: str, slices: str, pack: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen2kit_torch.score._CPU_PACK", pack)
     if slices == "sliced":
-        monkeypatch.setattr("qwen2kit_torch.prefill._TOKENS_PER_PASS", 7)
+        monkeypatch.setattr("qwen2kit_torch.prefill.TOKENS_PER_PASS", 7)
         monkeypatch.setattr("qwen2kit_torch.prefill._LOGITS_PER_SLICE", 3 * 199)
     peer, model = theirs(SPECS[name]), ours(SPECS[name])
     requests = [*_requests(), ScoreRequest(tuple(TOKENS), tuple(continued(peer, TOKENS, 6)))]
