@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 
 from qwen2kit_evals.metric_rows import MetricRow
 from qwen2kit_evals.suites import Suite, SuiteTask
@@ -66,8 +65,7 @@ def absent_score(task: SuiteTask, reason: str) -> BenchmarkScore:
 def benchmark_score(task: SuiteTask, rows: Sequence[MetricRow]) -> BenchmarkScore:
     """The score of ``task`` from the ``rows`` that running it gave.
 
-    A task that is a tag or a glob has no row of its own; its score is then the mean over its
-    members, of equal weight.
+    A tag has no row of its own; its score is the mean over its members, of equal weight.
     """
     entry = absent_score(task, "")
     found = _rows(rows, task.run, task.metric, task.filter)
@@ -132,7 +130,7 @@ def _family(rows: Sequence[MetricRow], name: str) -> list[MetricRow]:
 def _rows(rows: Iterable[MetricRow], run: str, metric: str, filter: str) -> list[MetricRow]:
     kept = [row for row in rows if (row.metric, row.filter) == (metric, filter)]
     own = [row for row in kept if row.task == run]
-    return own or [row for row in kept if row.depth == 0 or fnmatchcase(row.task, run)]
+    return own or [row for row in kept if row.depth == 0]
 
 
 def _samples(found: Sequence[MetricRow], rows: Sequence[MetricRow]) -> int:

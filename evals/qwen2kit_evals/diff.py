@@ -79,10 +79,10 @@ def diff_runs(first: StoredRun, second: StoredRun) -> tuple[TaskDiff, ...]:
     """
     common = [task for task in first.samples if task in second.samples]
     diffs = [_diff_task(task, first.samples[task], second.samples[task]) for task in common]
-    found = tuple(diff for diff in diffs if diff.metrics)
+    found = tuple(diff for diff in diffs if diff.metrics or diff.logprobs or diff.texts)
     if not found:
         raise ConfigError(
-            f"{first.directory} and {second.directory} have no scored document in common"
+            f"{first.directory} and {second.directory} have no answered document in common"
         )
     return found
 

@@ -47,6 +47,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
 
     Attributes:
         log: answers known from an interrupted run, and where new ones are written.
+        label: what stands before the progress bars.
 
     Raises:
         Qwen2KitError: the model cannot be loaded, or an argument is unknown or out of range.
@@ -82,6 +83,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self.seed = int(seed)
         self.truncated = 0
         self.log = RequestLog()
+        self.label = ""
         self._prefix_token_id = prefix_token_id
 
     @classmethod
@@ -133,7 +135,9 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         answers = [None if (known := self.log.find(key)) is None else tuple(known) for key in keys]
         open_ = [index for index, answer in enumerate(answers) if answer is None]
         done = len(requests) - len(open_)
-        with tqdm(total=len(requests), initial=done, disable=disable_tqdm, desc="Scoring") as bar:
+        with tqdm(
+            total=len(requests), initial=done, disable=disable_tqdm, desc=f"{self.label}scoring"
+        ) as bar:
             for position, score in self.loaded.model.score([wanted[index] for index in open_]):
                 index = open_[position]
                 answers[index] = answer = (score.logprob, score.is_greedy)
@@ -201,7 +205,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         answers: list[str | None] = [self.log.find(key) for key in keys]
         done = len(requests) - answers.count(None)
         with tqdm(
-            total=len(requests), initial=done, disable=disable_tqdm, desc="Generating"
+            total=len(requests), initial=done, disable=disable_tqdm, desc=f"{self.label}generating"
         ) as bar:
             for group in groups.values():
                 for index, text in self._generate_group(requests, group, answers):

@@ -73,17 +73,14 @@ class Job:
             return select_suite(self.suite, **where)
         return SuiteSelection.of(select_tasks([self.tasks], **where))
 
-    def begin(self, directory: Path) -> None:
-        """Write run.json into ``directory``, or check that it holds the same job, interrupted.
+    def check(self, directory: Path) -> None:
+        """Refuse a directory that this job can neither begin nor go on in.
 
         Raises:
             ConfigError: the directory holds a finished run, another job or other files.
         """
         check_output(directory)
-        path = directory / RUN_FILE
-        if not path.exists():
-            directory.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        if not (directory / RUN_FILE).exists():
             return
         before, now = asdict(read_job(directory)), asdict(self)
         for name in sorted(now):
@@ -92,6 +89,17 @@ class Job:
                     f"{directory} holds an unfinished run with {name} {before[name]!r}, not "
                     f"{now[name]!r}; continue it with --resume {directory}, or name a new --output"
                 )
+
+    def begin(self, directory: Path) -> None:
+        """Write run.json into ``directory``.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        self.check(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self), indent=2) + "\n"
+        (directory / RUN_FILE).write_text(text, encoding="utf-8")
 
 
 def absolute(path: Path | str | None) -> str | None:

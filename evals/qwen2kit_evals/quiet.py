@@ -10,25 +10,28 @@ from typing import Any
 
 @contextmanager
 def quiet_lm_eval() -> Iterator[None]:
-    """Inside, lm-eval logs errors only, and collects no report of git and PyTorch.
+    """Inside, lm-eval logs errors only, draws no bar for each task whose prompts it builds, and
+    collects no report of git and PyTorch.
 
     That report starts subprocesses which complain outside a git checkout; `provenance` holds ours.
     """
+    import lm_eval.api.task as task
     import lm_eval.evaluator as evaluator
 
-    skipped: dict[str, Any] = {
-        "get_git_commit_hash": lambda: None,
-        "add_env_info": lambda storage: None,
-    }
-    before = {name: getattr(evaluator, name) for name in skipped}
+    replaced: list[tuple[Any, str, Any]] = [
+        (evaluator, "get_git_commit_hash", lambda: None),
+        (evaluator, "add_env_info", lambda storage: None),
+        (task, "tqdm", lambda items, **options: items),
+    ]
+    before = [getattr(module, name) for module, name, _ in replaced]
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)
-    for name, replacement in skipped.items():
-        setattr(evaluator, name, replacement)
+    for module, name, replacement in replaced:
+        setattr(module, name, replacement)
     try:
         yield
     finally:
         log.setLevel(level)
-        for name, original in before.items():
-            setattr(evaluator, name, original)
+        for (module, name, _), original in zip(replaced, before, strict=True):
+            setattr(module, name, original)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,17 +71,16 @@ def evaluate(
     started = time.perf_counter()
     path = None if output is None else output / LOG_FILE
     with RequestLog(path, answers_digest(about)) as model.log:
-        reports = [
-            run_tasks(
+        reports = list(
+            _reports(
                 model,
-                selection,
+                tasks,
                 limit=limit,
                 apply_chat_template=apply_chat_template,
                 seed=seed,
                 log_samples=log_samples,
             )
-            for selection in tasks.selections
-        ]
+        )
     rows = [metric_rows(report) for report in reports]
     settings = _merged(reports) | {
         "tasks": [name for selection in tasks.selections for name in selection.names],
@@ -114,6 +113,15 @@ def evaluate(
     if output is not None:
         write_results(result, output)
     return result
+
+
+def _reports(model: Qwen2KitLM, tasks: SuiteSelection, **options: Any) -> Iterator[dict[str, Any]]:
+    """lm-eval's report of each selection; the progress bars say which one is running."""
+    count = len(tasks.selections)
+    for number, selection in enumerate(tasks.selections, 1):
+        if tasks.suite is not None:
+            model.label = f"{', '.join(selection.names)} ({number} of {count}), "
+        yield run_tasks(model, selection, **options)
 
 
 def _merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lm_eval.tasks._factory import GROUP_FIELD_NAMES, TaskFactory
 from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, Qwen2KitError
 from qwen2kit_evals.code_eval import CONSENT, active
 from qwen2kit_evals.local_data import LocalData, local_datasets
+from qwen2kit_evals.nltk_data import no_nltk_download
 from qwen2kit_evals.quiet import quiet_lm_eval
 from qwen2kit_evals.suites import OWN_TASKS
 from qwen2kit_evals.task_fit import Notify, fit_task, local_name
@@ -157,7 +158,7 @@ class _FittingFactory(TaskFactory):  # type: ignore[misc]
         return fit_task(config, self._data, self._num_fewshot, self._notify)
 
     def _build_task(self, entry: Any, overrides: dict[str, Any] | None) -> Any:
-        with self._explained(entry.name):
+        with self._explained(entry.name), no_nltk_download(entry, offline=self._data is not None):
             return super()._build_task(entry, overrides)
 
     def _build_group_members(self, members: Any, group: str, *args: Any) -> Any:

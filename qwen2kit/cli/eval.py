@@ -140,11 +140,10 @@ def _resumed(directory: Path, model: str | None, tasks: str, suite: str | None) 
 def _run(job: Job, directory: Path) -> EvalResult:
     from qwen2kit.backend.loading import load_model
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit_evals.results import check_output
     from qwen2kit_evals.run import evaluate as run
 
     plan = ExecutionPlan(device=job.device, dtype=job.dtype)
-    check_output(directory)
+    job.check(directory)
     with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
         selection = job.select()
         for notice in selection.notices:

@@ -16,7 +16,7 @@ FLOORS = {
     "unit/adapters": 26,
     "unit/config": 10,
     "unit/data": 78,
-    "unit/evals": 35,
+    "unit/evals": 100,
     "unit/mlx": 30,
     "unit/parity": 12,
     "unit/plan": 60,

@@ -135,7 +135,7 @@ def test_missing_packages_and_unsafe_tasks(home: Path) -> None:
         select(home, "langs")
     with pytest.raises(BackendError, match=r"maths needs .*pip install math-verify-absent"):
         select(home, "maths")
-    with pytest.raises(ConfigError, match="runs code the model wrote"):
+    with pytest.raises(ConfigError, match="runs programs that the model wrote"):
         select(home, "unsafe")
 
 

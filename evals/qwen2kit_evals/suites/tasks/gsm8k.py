@@ -8,7 +8,6 @@ from importlib.util import find_spec
 
 _GOLD = re.compile(r"#### (-?[\d.,]+)")
 _FLEXIBLE = re.compile(r"(-?[$\d.,]{2,})|(-?\d+)")
-_IGNORED = re.compile(r"(?s)[,$]|\.$")
 
 
 def process_results(doc: Mapping[str, str], results: Sequence[str]) -> dict[str, float]:
@@ -68,4 +67,5 @@ def _number(gold: str) -> str:
 
 
 def _same(found: str, gold: str) -> bool:
-    return _IGNORED.sub("", found) == _IGNORED.sub("", _number(gold))
+    plain = (re.sub(r"\.$", "", re.sub(r"[,$]", "", text)) for text in (found, _number(gold)))
+    return len(set(plain)) == 1
