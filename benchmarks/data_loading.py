@@ -292,7 +292,7 @@ def main() -> None:
         size = write_corpus(Path(options.datasets) / "training", folder, options.megabytes)
         report: dict[str, Any] = {
             "machine": machine(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python benchmarks/data_loading.py", *sys.argv[1:]]),
             "bytes": size,
             "rows": options.rows,
             "tokenizing": measure_tokenizing(folder, tokenizer, root / "out", options),

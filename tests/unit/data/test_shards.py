@@ -250,6 +250,31 @@ def test_the_directory_brings_its_tokenizer(documents: tuple[Path, list[str]]) -
     assert len(ShardSet([documents[0]], "pretrain", brought)) >= 4
 
 
+def test_the_fingerprint_is_that_of_the_tokenizer_not_of_its_file(
+    real_gguf: Path, tmp_path: Path
+) -> None:
+    from qwen2kit.tokenizer.bpe import Tokenizer
+    from qwen2kit.weights.checkpoint import open_checkpoint
+
+    tokenizer = open_checkpoint(real_gguf).tokenizer()
+    tokenizer.save(tmp_path)
+    document = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert Tokenizer.from_dir(tmp_path).fingerprint == tokenizer.fingerprint
+    found = {tokenizer.fingerprint}
+    changes = [
+        lambda d: d["model"]["merges"].reverse(),
+        lambda d: d["added_tokens"][-1].update(content="<other>"),
+        lambda d: d.update(normalizer={"type": "NFKC"}),
+        lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a"}),
+    ]
+    for change in changes:
+        changed = json.loads(json.dumps(document))
+        change(changed)
+        (tmp_path / "tokenizer.json").write_text(json.dumps(changed), encoding="utf-8")
+        found.add(Tokenizer.from_dir(tmp_path).fingerprint)
+    assert len(found) == 1 + len(changes)
+
+
 def test_damage_is_noticed_and_named(tmp_path: Path) -> None:
     directory = tmp_path / "s"
     make_shards(write_lines(tmp_path / "t.txt", sentences(300)), directory)
