@@ -45,9 +45,10 @@ class TrainingError(Qwen2KitError):
 
 class PeerError(TrainingError):
     """Another process of this run has failed or is gone. That process says why, so the command
-    line prints nothing for this error and only exits with its code."""
+    line prints nothing for this error and only exits with its code, the lowest of all: launchers
+    report the highest."""
 
-    exit_code = 13
+    exit_code = 1
 
 
 class ParityError(Qwen2KitError):

@@ -15,6 +15,7 @@ from qwen2kit.cli.demo import demo
 from qwen2kit.cli.doctor import doctor
 from qwen2kit.cli.eval import evaluation
 from qwen2kit.cli.inspect import inspect
+from qwen2kit.cli.launch import launch
 from qwen2kit.cli.output import fail
 from qwen2kit.cli.parity import parity
 from qwen2kit.cli.plan import plan
@@ -42,6 +43,7 @@ for _name, _command in (
     app.command(_name)(_command)
 app.add_typer(evaluation, name="eval")
 app.add_typer(data, name="data")
+app.add_typer(launch, name="launch")
 
 
 def main() -> None:

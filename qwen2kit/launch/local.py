@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from qwen2kit.backend.protocol import DistributedBackend
-from qwen2kit.errors import PeerError, TrainingError
+from qwen2kit.errors import TrainingError
 from qwen2kit.train.signals import SIGNALS
 
 
@@ -41,7 +41,7 @@ def run_here(
         for number, handler in before.items():
             signal.signal(number, handler)
     code = code if code >= 0 else 128 - code
-    if code in (128 + signal.SIGKILL, PeerError.exit_code):
+    if code == 128 + signal.SIGKILL:
         raise TrainingError(
             "a training process was killed (the machine may be out of memory); continue with "
             "--resume or --auto-resume"

@@ -100,6 +100,7 @@ def start_or_resume(
         stored = together(processes, lambda: read_run(run_dir))
         if stored["status"] == "finished":
             together(processes, lambda: _check_recipe(run_dir, stored, config))
+            processes.close()
             return RunResult.of_finished(run_dir, stored, reports=processes.rank == 0)
         together(processes, lambda: _check_resumable(run_dir, stored, config, False))
     return _runner(config, run_dir, processes, console).run(resuming=not fresh)

@@ -13,7 +13,10 @@ HEAVY = {
     "tokenizers", "safetensors", "gguf", "jinja2", "huggingface_hub", "pyarrow", "matplotlib",
     "rich", "qwen2kit_torch", "qwen2kit_mlx", "qwen2kit_evals",
 }  # fmt: skip
-COMMANDS = ("train", "convert", "chat", "eval", "parity", "inspect", "plan", "doctor", "demo", "data")
+COMMANDS = (
+    "train", "convert", "chat", "eval", "parity", "inspect", "plan", "doctor", "demo", "data",
+    "launch",
+)  # fmt: skip
 LIMIT_SECONDS = 0.3
 
 PROBE = """
