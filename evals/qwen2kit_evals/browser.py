@@ -18,7 +18,8 @@ def browser_data(names: Sequence[str], runs: Sequence[StoredRun], limit: int) ->
 
     Returns:
         ``{"runs": [...], "tasks": [{"name", "prefix", "total", "docs": [{"id", "prompt",
-        "target", "answers": [answer or null per run]}]}]}``.
+        "prompts", "target", "answers": [answer or null per run]}]}]}``: ``prompt`` is the first
+        run's, ``prompts`` how many different ones the runs had.
     """
     tasks: dict[str, None] = {}
     for run in runs:
@@ -29,10 +30,12 @@ def browser_data(names: Sequence[str], runs: Sequence[StoredRun], limit: int) ->
 def _task(task: str, runs: Sequence[StoredRun], limit: int) -> dict[str, Any]:
     answers: dict[int, list[dict[str, Any] | None]] = {}
     firsts: dict[int, Sample] = {}
+    hashes: dict[int, set[str]] = {}
     for number, run in enumerate(runs):
         for sample in run.samples.get(task, ()):
             row = answers.setdefault(sample["doc_id"], [None] * len(runs))
             firsts.setdefault(sample["doc_id"], sample)
+            hashes.setdefault(sample["doc_id"], set()).add(sample["prompt_hash"])
             row[number] = _merged(row[number], sample)
     kept = sorted(answers)[:limit]
     prompts = [_prompt(firsts[doc]) for doc in kept]
@@ -41,6 +44,7 @@ def _task(task: str, runs: Sequence[StoredRun], limit: int) -> dict[str, Any]:
         {
             "id": doc,
             "prompt": prompt[len(prefix) :],
+            "prompts": len(hashes[doc]),
             "target": str(firsts[doc]["target"]),
             "answers": answers[doc],
         }

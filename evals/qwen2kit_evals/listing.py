@@ -8,9 +8,10 @@ from typing import Any
 
 from lm_eval.tasks import TaskManager
 
+from qwen2kit.errors import DataError
 from qwen2kit_evals.local_data import LocalData
-from qwen2kit_evals.suites import load_suite, suite_names
-from qwen2kit_evals.task_fit import local_name
+from qwen2kit_evals.suites import SuiteTask, load_suite, suite_names
+from qwen2kit_evals.task_fit import fit_task, local_name
 from qwen2kit_evals.tasks import leaf_configs
 
 
@@ -78,7 +79,7 @@ class SuiteOffer:
         task: the lm-eval task; empty if there is none.
         data: Hub data sets that it reads.
         missing: those of them that are absent.
-        why: why there is no task.
+        why: why it cannot run although nothing is missing: no task, or a split is absent.
     """
 
     suite: str
@@ -93,21 +94,37 @@ class SuiteOffer:
     why: str
 
 
-def suite_offers(data: LocalData) -> tuple[SuiteOffer, ...]:
-    """Every benchmark of every suite, in order, with what ``data`` lacks for it."""
+def suite_offers(data: LocalData, manager: TaskManager) -> tuple[SuiteOffer, ...]:
+    """Every benchmark of every suite, in order, with what ``data`` lacks for it.
+
+    Of a benchmark with many parts, the splits of the first are looked at.
+    """
     return tuple(
-        SuiteOffer(
-            suite=name,
-            benchmark=task.name,
-            shots=task.shots,
-            prompt=task.prompt,
-            parser=task.parser,
-            metric=task.metric,
-            task=task.run,
-            data=task.data,
-            missing=tuple(wanted for wanted in task.data if data.find(wanted) is None),
-            why=task.why,
-        )
+        _offer(name, task, data, manager)
         for name in suite_names()
         for task in load_suite(name).tasks
     )
+
+
+def _offer(suite: str, task: SuiteTask, data: LocalData, manager: TaskManager) -> SuiteOffer:
+    missing = tuple(wanted for wanted in task.data if data.find(wanted) is None)
+    return SuiteOffer(
+        suite=suite,
+        benchmark=task.name,
+        shots=task.shots,
+        prompt=task.prompt,
+        parser=task.parser,
+        metric=task.metric,
+        task=task.run,
+        data=task.data,
+        missing=missing,
+        why=task.why if missing or not task.run else _misfit(task, data, manager),
+    )
+
+
+def _misfit(task: SuiteTask, data: LocalData, manager: TaskManager) -> str:
+    try:
+        fit_task(next(leaf_configs(task.run, manager)), data, task.shots, lambda notice: None)
+    except DataError as error:
+        return str(error)
+    return ""

@@ -95,9 +95,9 @@ def _print_contamination(found: Sequence[TaskContamination]) -> None:
     from rich.table import Table
 
     table = Table(title="Test questions found in the training data", title_justify="left")
-    table.add_column("task", no_wrap=True)
-    for name in ("questions", "13-gram", "%", "LCS rule", "LCS in a window"):
-        table.add_column(name, justify="right")
+    table.add_column("task", overflow="fold")
+    for name in ("questions", "13-gram", "%", "LCS", "LCS nearby"):
+        table.add_column(name, justify="right", no_wrap=True)
     for task in found:
         table.add_row(
             task.task,

@@ -29,8 +29,9 @@ def list_offers(datasets: Path | None, include_path: Path | None, json_output: b
     if datasets is None:
         raise ConfigError("--list shows what a data directory can serve; add --datasets DIR")
     data = LocalData(datasets)
-    suites = suite_offers(data)
-    offers = available_tasks(data, task_manager(include_path))
+    manager = task_manager(include_path)
+    suites = suite_offers(data, manager)
+    offers = available_tasks(data, manager)
     if json_output:
         emit_json(
             {
@@ -59,6 +60,6 @@ def _print_suite(name: str, offers: list[SuiteOffer]) -> None:
         table.add_column(column, justify="right" if column == "shots" else "left")
     for offer in offers:
         missing = f"missing: {', '.join(offer.missing)}" if offer.missing else "present"
-        data = offer.why or missing
+        data = escape(offer.why or missing)
         table.add_row(offer.benchmark, str(offer.shots), offer.task, escape(offer.parser), data)
     console().print(table)

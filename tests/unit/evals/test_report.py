@@ -43,6 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
             for i in range(30)
         ]
         texts = [sample(0, {"exact_match": right}, responses=[f"It is {NASTY}"], prompt="Only")]
+        texts[0]["prompt_hash"] = name
         write_run(
             home / name, {"choice": choices, "text": texts},
             [row("choice", 0.5), row("text", right, metric="exact_match", stderr=None)],
@@ -93,6 +94,7 @@ def test_page_loads_nothing_and_holds_every_sample(page: Path, report: Report) -
     assert choice["docs"][3]["prompt"] == f"Q: 3 {NASTY}\nA:"
     assert [answer["right"] for answer in choice["docs"][3]["answers"]] == [True, False]
     assert choice["docs"][0]["answers"][0]["choices"] == [[" c0", -1.0], [" c1", -2.5]]
+    assert (choice["docs"][3]["prompts"], text["docs"][0]["prompts"]) == (1, 2)
     assert text["docs"][0]["answers"][1]["text"] == f"It is {NASTY}"
 
 

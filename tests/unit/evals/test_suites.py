@@ -85,16 +85,15 @@ def test_unknown_names_come_with_the_known_ones() -> None:
         load_suite("qwen3")
 
 
-def test_list_says_what_is_missing(tmp_path: Path) -> None:
-    (tmp_path / "openai/gsm8k").mkdir(parents=True)
-    offers = {
-        offer.benchmark: offer
-        for offer in suite_offers(LocalData(tmp_path))
-        if offer.suite == "qwen2-base"
-    }
-    assert offers["GSM8K"].missing == ()
+def test_list_says_what_is_missing(tmp_path: Path, manager: TaskManager) -> None:
+    write_set(tmp_path, "openai/gsm8k", {"main": {"train": 1, "test": 1}})
+    write_set(tmp_path, "Rowan/hellaswag", {"default": {"validation": 1}})
+    found = suite_offers(LocalData(tmp_path), manager)
+    offers = {offer.benchmark: offer for offer in found if offer.suite == "qwen2-base"}
+    assert (offers["GSM8K"].missing, offers["GSM8K"].why) == ((), "")
+    assert "draws its 10 shots from split 'train'" in offers["HellaSwag"].why
     assert offers["CMMLU"].missing == ("haonan-li/cmmlu",)
-    assert offers["MultiPL-E"].why
+    assert offers["MultiPL-E"].why == "needs the compilers of eight languages"
 
 
 def test_absent_data_leave_a_benchmark_in_the_results(tmp_path: Path, manager: TaskManager) -> None:

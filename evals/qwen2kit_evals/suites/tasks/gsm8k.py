@@ -55,8 +55,7 @@ def math_verify(text: str, gold: str) -> bool:
     """Whether ``math_verify`` (an optional package) finds an equal value."""
     from math_verify import parse, verify  # type: ignore[import-not-found]
 
-    expected = parse(_number(gold).replace(",", ""), parsing_timeout=None)
-    return bool(verify(expected, parse(text, parsing_timeout=None), timeout_seconds=None))
+    return bool(verify(parse(_number(gold).replace(",", "")), parse(text)))
 
 
 def _number(gold: str) -> str:
