@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwen2kit.cli.output import console, emit_json
+from qwen2kit.cli.output import console, emit_json, progress
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,6 +56,16 @@ def convert(
     tolerance: Annotated[float, typer.Option(help="--verify: largest |difference| of logits.")] = (
         1e-3
     ),
+    report: Annotated[
+        str | None,
+        typer.Option(
+            help="Measure the loss on this text file (auto: built-in passages); default when "
+            "quantising: auto."
+        ),
+    ] = None,
+    no_report: Annotated[
+        bool, typer.Option("--no-report", help="Do not measure the loss of quantising.")
+    ] = False,
     max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
     force: Annotated[bool, typer.Option("--force", help="Replace an existing model.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document.")] = False,
@@ -66,9 +74,12 @@ def convert(
 
     With --adapter, a LoRA adapter is merged into it. Given an adapter instead of a model, the
     adapter alone is converted: --to hf is PEFT's layout, --to mlx is mlx-lm's.
+
+    Quantising reports perplexity, KL divergence and agreement with the original on held-out text.
     """
     from qwen2kit.adapters.directory import is_adapter
     from qwen2kit.adapters.merge import open_model
+    from qwen2kit.cli.convert_quality import Quality
     from qwen2kit.weights.convert import convert as run
     from qwen2kit.weights.locate import locate
 
@@ -79,14 +90,16 @@ def convert(
     if adapter is None and is_adapter(locate(model)):
         from qwen2kit.cli.adapter import convert_alone
 
-        whole = {"--bits": bits, "--gguf-type": gguf_type, "--verify": verify or None}
+        whole = {"--bits": bits, "--gguf-type": gguf_type, "--verify": verify or None,
+                 "--report": report}  # fmt: skip
         convert_alone(
             locate(model), out, target, dtype, whole, force=force, json_output=json_output
         )
         return
     source = open_model(model, adapter)
-    with _progress("converting") as step:
-        report = run(
+    quality = Quality.asked(source, report, no_report, bits is not None or gguf_type == "q8_0")
+    with progress("converting") as step:
+        done = run(
             source,
             out,
             to=target,
@@ -99,9 +112,15 @@ def convert(
             progress=step,
         )
     proof = _prove(source, out, tolerance) if verify else None
+    loss = None if quality is None else quality.measure(out)
     if json_output:
-        emit_json({**report.to_dict(), "verify": None if proof is None else proof.to_dict()})
-    _print(report, proof)
+        proven = None if proof is None else proof.to_dict()
+        emit_json({**done.to_dict(), "verify": proven, "quality": loss})
+    _print(done, proof)
+    if quality is not None:
+        quality.print()
+    for note in source.notes:
+        console().print(f"note: {note}", markup=False)
     if proof is not None:
         proof.require()
 
@@ -129,7 +148,7 @@ def _prove(source: Checkpoint, out: Path, tolerance: float) -> VerifyReport:
     from qwen2kit.weights.checkpoint import open_checkpoint
     from qwen2kit.weights.verify import verify
 
-    with _progress("verifying") as step:
+    with progress("verifying") as step:
         return verify(
             source,
             open_checkpoint(out),
@@ -137,19 +156,6 @@ def _prove(source: Checkpoint, out: Path, tolerance: float) -> VerifyReport:
             strict=False,
             progress=step,
         )
-
-
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[str], None]]:
-    with console().status(label) as status:
-        count = 0
-
-        def step(name: str) -> None:
-            nonlocal count
-            count += 1
-            status.update(f"{label} {count}: {name}")
-
-        yield step
 
 
 def _print(report: ConversionReport, proof: VerifyReport | None) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +20,20 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+@contextmanager
+def progress(label: str) -> Iterator[Callable[[str], None]]:
+    """A status line that counts; call what it yields with the name of each thing being done."""
+    with console().status(label) as status:
+        count = 0
+
+        def step(name: str) -> None:
+            nonlocal count
+            count += 1
+            status.update(f"{label} {count}: {name}")
+
+        yield step
 
 
 def emit_json(document: Any) -> None:

@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qwen2kit.parity.layers import Divergence, first_divergence
+from qwen2kit.parity.logit_files import LogitFiles
 from qwen2kit.parity.metrics import LogitDelta, common_prefix, compare_logits, merge_deltas
 from qwen2kit.parity.peers import Peer, PeerLoader
 from qwen2kit.parity.prompts import Prompt
@@ -141,31 +142,21 @@ class _Record:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.greedy: dict[str, list[int]] = {}
-        self._folder = folder / name
-        self._folder.mkdir()
+        self._files = LogitFiles(folder / name)
 
     def run(self, peer: Peer, prompt: Prompt, count: int, checkpoint: Checkpoint) -> None:
         """Decode greedily, then compute the logits of prompt and output without a cache."""
-        import numpy as np
-
         output: list[int] = []
         room = checkpoint.spec.context_length - len(prompt.tokens)
         if min(count, room) > 0 and len(prompt.tokens) <= GREEDY_PROMPT_TOKENS:
             stop = checkpoint.generation.stop_token_ids
             output = peer.greedy(prompt.tokens, min(count, room), stop)
             self.greedy[prompt.name] = output
-        logits = peer.logits([*prompt.tokens, *output])
-        np.save(self._file(prompt), logits)
+        self._files.save(prompt.name, peer.logits([*prompt.tokens, *output]))
 
     def logits(self, prompt: Prompt) -> NDArray[np.float32]:
         """Memory-mapped logits of the prompt's tokens, then of the output's."""
-        import numpy as np
-
-        mapped: NDArray[np.float32] = np.load(self._file(prompt), mmap_mode="r")
-        return mapped
-
-    def _file(self, prompt: Prompt) -> Path:
-        return self._folder / f"{prompt.name}.npy"
+        return self._files.load(prompt.name)
 
 
 def _compare(

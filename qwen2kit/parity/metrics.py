@@ -6,7 +6,7 @@ vocabulary are compared without a copy of either in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING
@@ -93,6 +93,30 @@ def merge_deltas(deltas: list[LogitDelta]) -> LogitDelta:
         top1_agreement=sum(d.top1_agreement * d.positions for d in deltas) / positions,
         positions=positions,
     )
+
+
+def negative_log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) -> float:
+    """Sum over a text of ``-ln p(token | tokens before it)`` in nats, in float64.
+
+    The first token has nothing before it and is not counted.
+
+    Args:
+        logits: ``[T, V]``; row ``i`` predicts token ``i + 1``.
+        tokens: ``T`` ids.
+
+    Raises:
+        ParityError: there are not as many rows as tokens.
+    """
+    import numpy as np
+
+    if logits.ndim != 2 or len(logits) != len(tokens):
+        raise ParityError(f"logits of shape {list(logits.shape)} for {len(tokens)} tokens")
+    total, start = 0.0, 0
+    for rows, _ in _slices(logits[:-1], logits[:-1]):
+        targets = np.asarray(tokens[start + 1 : start + 1 + len(rows)])
+        total -= float(_log_softmax(rows)[np.arange(len(rows)), targets].sum())
+        start += len(rows)
+    return total
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

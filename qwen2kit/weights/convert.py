@@ -16,6 +16,7 @@ from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights.checkpoint import Checkpoint, Format
 from qwen2kit.weights.gguf_write import GGUF_TYPES, GgufType, write_gguf
+from qwen2kit.weights.hf_layout import read_json
 from qwen2kit.weights.quantization import Quantization
 from qwen2kit.weights.safetensors_convert import write_hf_weights, write_mlx_weights
 from qwen2kit.weights.safetensors_write import DEFAULT_MAX_SHARD_BYTES, write_text_atomically
@@ -128,6 +129,12 @@ def convert(
         sha256=sums,
         adapter=source.adapter,
     )
+
+
+def amend_record(out: Path, **entries: Any) -> None:
+    """Add ``entries`` to the record of the conversion that wrote ``out``."""
+    path = out / RECORD_NAME if out.is_dir() else out.with_name(f"{out.name}.{RECORD_NAME}")
+    _write_json(path, read_json(path) | entries)
 
 
 def _job(

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from qwen2kit.backend import registry
 from qwen2kit.backend.registry import installed
 from qwen2kit.cli.convert import parse_size
-from qwen2kit.errors import ConfigError
+from qwen2kit.cli.convert_quality import Quality
+from qwen2kit.errors import ConfigError, MissingExtra
 from qwen2kit.weights.checkpoint import open_checkpoint
+from qwen2kit.weights.convert import convert
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -47,6 +50,68 @@ def test_verified_conversion_as_json(model: Path, tmp_path: Path) -> None:
     assert document["verify"]["passed"] is True
     assert document["verify"]["lossless"] is True
     assert len(document["verify"]["logits"]) == 2 * len(installed()) - 1
+
+
+@pytest.mark.skipif(not installed(), reason="no backend installed")
+def test_quantising_reports_its_loss_and_keeps_it(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = _run(model, out, "--to", "mlx", "--bits", "4", "--group-size", "32", "--json")
+    assert result.returncode == 0, result.stderr
+    quality = json.loads(result.stdout)["quality"]
+    assert quality == json.loads((out / "qwen2kit.json").read_text())["quality"]
+    assert quality["original"]["kl"] == 0 < quality["converted"]["kl"]
+    assert quality["tokens"] > 500
+    for heading in ("bits/weight", "perplexity", "KL (nats)", "top-1"):
+        assert heading in result.stderr
+
+
+@pytest.mark.skipif(not installed(), reason="no backend installed")
+def test_loss_on_a_text_of_ones_own_and_on_none(model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat and the dog ran")
+    result = _run(model, tmp_path / "m.gguf", "--gguf-type", "q8_0", "--report", text)
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "m.gguf.qwen2kit.json").read_text())
+    assert record["quality"]["text"] == str(text)
+    quantise = ("--to", "mlx", "--bits", "8", "--group-size", "32")
+    result = _run(model, tmp_path / "out", *quantise, "--no-report", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["quality"] is None
+    assert "perplexity" not in result.stderr
+
+
+def test_a_loss_that_cannot_be_measured_is_a_note_unless_asked_for(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(registry, "entry_points", lambda group: ())
+    source = open_checkpoint(model)
+    convert(source, tmp_path / "out", to="mlx", quantize_bits=4, group_size=32)
+    silent = Quality.asked(source, None, False, True)
+    assert silent is not None
+    assert "pip install" in silent.measure(tmp_path / "out")["not_measured"]
+    assert "not_measured" in (tmp_path / "out/qwen2kit.json").read_text()
+    silent.print()
+    assert "note: loss not measured" in capsys.readouterr().err
+    asked = Quality.asked(source, "auto", False, True)
+    assert asked is not None
+    with pytest.raises(MissingExtra):
+        asked.measure(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--report", "absent.txt"], "absent.txt: cannot be read"),
+        (["--report", "auto", "--no-report"], "contradict"),
+    ],
+)
+def test_a_report_that_cannot_be_made_stops_before_converting(
+    model: Path, tmp_path: Path, options: list[str], message: str
+) -> None:
+    result = _run(model, tmp_path / "out", *options)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(len(installed()) < 2, reason="needs two backends")
