@@ -173,7 +173,8 @@ def _quantization(
 ) -> Quantization | None:
     if bits is not None:
         return Quantization(bits, group_size)
-    return source.quantization if to == "mlx" and source.packing is not None else None
+    as_packed = to == "mlx" and source.packing is not None and source.adapter is None
+    return source.quantization if as_packed else None
 
 
 def _check_paths(source: Checkpoint, out: Path, to: Target) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _WEIGHT, _PACKED, _BIAS = ".weight", ".qweight", ".bias"
 _PARTS = ("qweight", "qzeros", "scales")
 _AWQ_POSITION = (0, 4, 1, 5, 2, 6, 3, 7)  # of each of eight consecutive outputs in its word
-_CHUNK_ELEMENTS = 1 << 24
+_CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,9 @@ class PackedSource:
         scales, zeros = self._scales(module), self._zeros(module)
         groups = self._groups(module, layer.shape[1])
         dense = np.empty(layer.shape, dtype=np.float32)
-        for part, words in self._words(module, layer.shape):
-            codes = unpack(words, self.packing.bits).astype(np.float32)
-            codes -= zeros[groups, part].T
-            dense[part] = codes * scales[groups, part].T
+        for part, codes in self._rows(module, layer.shape):
+            np.subtract(codes, zeros[part].take(groups, axis=1), out=dense[part])
+            dense[part] *= scales[part].take(groups, axis=1)
         return from_numpy(dense)
 
     def affine(self, name: str) -> AffineTensor | None:
@@ -114,16 +113,18 @@ class PackedSource:
             return None
         module = name.removesuffix(_WEIGHT)
         out, width = layer.shape
-        packed = np.empty((out, width * self.packing.bits // 32), dtype=np.uint32)
-        for part, words in self._words(module, layer.shape):
-            packed[part] = words
+        if self.packing.method == "gptq":
+            packed = np.ascontiguousarray(self._integers(module, "qweight").T)
+        else:
+            packed = np.empty((out, width * self.packing.bits // 32), dtype=np.uint32)
+            for part, codes in self._rows(module, layer.shape):
+                packed[part] = pack(codes, self.packing.bits)
         groups = self._groups(module, width)[:: layer.group]
-        scales = self._scales(module)[groups]
-        biases = -self._zeros(module)[groups] * scales
+        scales = self._scales(module)[:, groups]
         return AffineTensor(
             packed=from_numpy(packed),
-            scales=from_numpy(np.ascontiguousarray(scales.T)),
-            biases=from_numpy(np.ascontiguousarray(biases.T)),
+            scales=from_numpy(scales),
+            biases=from_numpy(-self._zeros(module)[:, groups] * scales),
             bits=self.packing.bits,
             group_size=layer.group,
         )
@@ -230,22 +231,25 @@ class PackedSource:
         return np.arange(width, dtype=np.int32) // np.int32(max(1, size))
 
     def _scales(self, module: str) -> NDArray[np.float32]:
-        return self._files.read(f"{module}.scales").float32()
+        """Scales, float32 ``[out, groups]``."""
+        import numpy as np
+
+        return np.ascontiguousarray(self._files.read(f"{module}.scales").float32().T)
 
     def _zeros(self, module: str) -> NDArray[np.float32]:
-        """Zero points, float32 ``[groups, out]``."""
+        """Zero points, float32 ``[out, groups]``."""
         import numpy as np
 
         words = self._integers(module, "qzeros")
         if self.packing.version == "gptq":
             # stored minus one, subtracted from the whole word
             words = words + np.uint32(0xFFFFFFFF // ((1 << self.packing.bits) - 1))
-        return self._codes(words).astype(np.float32)
+        return np.ascontiguousarray(self._codes(words).T.astype(np.float32))
 
-    def _words(
+    def _rows(
         self, module: str, shape: tuple[int, int]
-    ) -> Iterator[tuple[slice, NDArray[np.uint32]]]:
-        """MLX words ``[rows, in*bits/32]`` of a slice of outputs at a time."""
+    ) -> Iterator[tuple[slice, NDArray[np.uint8]]]:
+        """Codes ``[rows, in]`` of a slice of outputs at a time."""
         import numpy as np
 
         out, width = shape
@@ -254,10 +258,10 @@ class PackedSource:
         for start in range(0, out, step):
             part = slice(start, min(out, start + step))
             if self.packing.method == "gptq":
-                yield part, np.ascontiguousarray(stored[:, part].T)
+                yield part, unpack(np.ascontiguousarray(stored[:, part].T), self.packing.bits)
             else:
                 codes = self._codes(stored[:, part.start // 8 : part.stop // 8])
-                yield part, pack(np.ascontiguousarray(codes.T), self.packing.bits)
+                yield part, np.ascontiguousarray(codes.T)
 
     def _codes(self, words: NDArray[np.uint32]) -> NDArray[np.uint8]:
         """Codes of words that are packed along the outputs, uint8 ``[rows, out]``."""

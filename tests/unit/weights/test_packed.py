@@ -155,6 +155,18 @@ def test_activation_order_becomes_dense_in_mlx_and_can_be_quantised_again(tmp_pa
     assert again.bits == 8
 
 
+def test_a_merged_adapter_is_not_quantised_again_unasked(tmp_path: Path) -> None:
+    from qwen2kit.adapters.directory import write_adapter
+    from qwen2kit.adapters.merge import open_model
+    from tests.tiny_adapter import random_adapter
+
+    write_packed_checkpoint(tmp_path / "in", AWQ)
+    base = open_checkpoint(tmp_path / "in")
+    write_adapter(random_adapter(base.spec), tmp_path / "adapter", to="hf", force=False)
+    source = open_model(str(tmp_path / "in"), str(tmp_path / "adapter"))
+    assert convert(source, tmp_path / "out", to="mlx").quantization is None
+
+
 def test_experts_of_an_awq_mixture_are_stacked_for_mlx(tmp_path: Path) -> None:
     from tests.unit.weights.test_mlx_layout import MOE
 
