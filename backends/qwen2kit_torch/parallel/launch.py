@@ -21,8 +21,9 @@ from qwen2kit.errors import PeerError
 
 # Long enough for a large checkpoint; a scheduler that is less patient kills everything anyway.
 SHUTDOWN_SECONDS = 3600
-# How processes end when another one has failed: by noticing it, or ended by the launcher.
-_FOLLOWERS = (PeerError.exit_code, -signal.SIGTERM)
+# How processes end when another one has failed: by noticing it, or ended by the launcher, which
+# has to resort to SIGKILL where they wait for the lost one on a GPU. The likeliest cause is first.
+_CONSEQUENCES = (-signal.SIGKILL, PeerError.exit_code, -signal.SIGTERM)
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
@@ -46,12 +47,17 @@ def launch(processes: int, max_restarts: int, program: list[str]) -> int:
     try:
         elastic_launch(config, sys.executable)(*program)
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        code = next((code for code in codes if code not in _FOLLOWERS), codes[0])
+        code = root_cause([failure.exitcode for failure in error.failures.values()])
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def root_cause(codes: list[int]) -> int:
+    """The exit code that explains the others (negative: the signal that ended a process)."""
+    own = [code for code in codes if code not in _CONSEQUENCES]
+    return own[0] if own else min(codes, key=_CONSEQUENCES.index)
 
 
 if __name__ == "__main__":
