@@ -29,8 +29,11 @@ class MLXLMPeer:
                 "reads MLX and Hugging Face directories, not GGUF; "
                 "convert with: qwen2kit convert MODEL --to mlx"
             )
-        if checkpoint.format == "gptq":
-            return "does not read GPTQ; convert with: qwen2kit convert MODEL --to mlx"
+        if checkpoint.packing is not None:
+            return (
+                "does not read GPTQ, and rounds AWQ's zero points to float16; "
+                "convert with: qwen2kit convert MODEL --to mlx"
+            )
         return ""
 
     def load(self, checkpoint: Checkpoint, dtype: str) -> LoadedMLXLM:

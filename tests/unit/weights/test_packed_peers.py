@@ -140,3 +140,12 @@ def test_awq_is_read_as_gptqmodel_reads_it(tmp_path: Path) -> None:
         parts = (torch.from_numpy(tensors[f"{name}.{p}"]) for p in ("qweight", "qzeros", "scales"))
         theirs = awq.dequantize_gemm(*parts, 4, 64).T.float().numpy()
         assert np.array_equal(weights.read(f"{name}.weight").astype("float16").float32(), theirs)
+
+
+def test_mlx_lm_is_no_judge_of_packed_files(tmp_path: Path) -> None:
+    peer = pytest.importorskip("qwen2kit_mlx.peer_mlx_lm").MLXLMPeer()
+    write_packed_checkpoint(tmp_path / "in", AWQ, **SPEC)
+    source = open_checkpoint(tmp_path / "in")
+    convert(source, tmp_path / "out", to="mlx")
+    assert "rounds AWQ's zero points" in peer.refuses(source, "float32")
+    assert peer.refuses(open_checkpoint(tmp_path / "out"), "float32") == ""
