@@ -188,6 +188,43 @@ def test_padded_intermediate_size_comes_from_the_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "described"),
+    [
+        (
+            {
+                "bits": 4, "group_size": 128, "modules_to_not_convert": None,
+                "quant_method": "awq", "version": "gemm", "zero_point": True,
+            },
+            "AWQ (gemm) 4-bit, groups of 128, asymmetric",
+        ),
+        (
+            {
+                "batch_size": 1, "bits": 8, "block_name_to_quantize": None, "damp_percent": 0.01,
+                "dataset": None, "desc_act": False, "exllama_config": {"version": 1},
+                "group_size": 128, "modules_in_block_to_quantize": None, "quant_method": "gptq",
+                "sym": True, "true_sequential": True, "use_cuda_fp16": False, "use_exllama": True,
+            },
+            "GPTQ (gptq) 8-bit, groups of 128, symmetric",
+        ),
+        (
+            {
+                "bits": 4, "group_size": -1, "desc_act": True, "sym": False, "lm_head": False,
+                "quant_method": "gptq", "checkpoint_format": "gptq_v2", "pack_dtype": "int32",
+                "meta": {"quantizer": ["gptqmodel:4.0.0"], "static_groups": False},
+            },
+            "GPTQ (gptq_v2) 4-bit, one group per row, asymmetric, activation order",
+        ),
+    ],
+)  # fmt: skip
+def test_entries_as_autoawq_optimum_and_gptqmodel_write_them(
+    entry: dict[str, Any], described: str
+) -> None:
+    packing = read_packing({"quantization_config": entry})
+    assert packing is not None
+    assert packing.describe() == described
+
+
+@pytest.mark.parametrize(
     ("entry", "message"),
     [
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version 'gemv'.*only gemm"),
