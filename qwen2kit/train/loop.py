@@ -102,7 +102,7 @@ def run_loop(
 ) -> bool:
     """Train from ``progress.step`` to the end of ``cadence`` or until ``stop`` is requested.
 
-    Returns whether it was, before the end.
+    Returns whether it was, with steps of the run left to do.
 
     A checkpoint is always begun before an evaluation, and complete when the loop ends.
 
@@ -137,7 +137,7 @@ def run_loop(
         if not ending and _due(progress.step, cadence.eval_every):
             hooks.evaluate(progress)
     hooks.finish()
-    return stopping and progress.step < cadence.end
+    return stopping and progress.step < cadence.total
 
 
 def _must_rewind(guard: Guard, metrics: StepMetrics, progress: Progress, hooks: Hooks) -> bool:

@@ -106,7 +106,7 @@ class Session:
         return self.progress.step == self.total
 
     def train(self, stop: StopRequest) -> bool:
-        """Run the loop to the end of the phase; whether a stop request ended it before that."""
+        """Run the loop to the end of the phase; whether a stop request ended the run there."""
         config = self.phase.config
         try:
             return run_loop(

@@ -91,19 +91,29 @@ def play(
     train: TrainConfig | None = None,
 ) -> Progress:
     progress = Progress(step=step)
-    run_loop(
+    play_phase(script, cadence, stop or StopRequest(), progress, train)
+    return progress
+
+
+def play_phase(
+    script: Script,
+    cadence: Cadence,
+    stop: StopRequest,
+    progress: Progress | None = None,
+    train: TrainConfig | None = None,
+) -> bool:
+    return run_loop(
         script,  # type: ignore[arg-type]
         script,  # type: ignore[arg-type]
         cadence,
         lambda index: index / 10,
-        progress=progress,
+        progress=progress or Progress(),
         guard=Guard(train or TrainConfig(steps=9)),
         hooks=script,
         sink=script,
-        stop=stop or StopRequest(),
+        stop=stop,
         pace=Pace(),
     )
-    return progress
 
 
 def test_checkpoints_come_before_evaluations_and_at_the_end() -> None:
@@ -142,6 +152,14 @@ def test_a_signal_finishes_the_step_saves_and_stops() -> None:
     assert progress.step == 3
     assert script.calls[-2:] == ["save 3", "finish"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("last", "total", "stopped"), [(3, 9, True), (3, 3, False), (5, 9, True)])
+def test_a_signal_at_the_end_of_a_phase_stops_the_run(last: int, total: int, stopped: bool) -> None:
+    with StopRequest() as stop:
+        script = Script(stop)
+        assert play_phase(script, Cadence(total=total, last=last), stop) == stopped
+    assert script.calls[-2:] == ["save 3", "finish"]
 
 
 def test_a_later_interrupt_interrupts_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

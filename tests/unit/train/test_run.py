@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,15 @@ def test_a_finished_run_is_left_alone_and_another_recipe_refused(tmp_path: Path)
     assert again == first
     with pytest.raises(ValueError, match=r"differs from that of .* in train\.steps; drop"):
         run.start_or_resume(tiny("train.steps=3"), run_dir)
+
+
+def test_a_run_killed_after_its_last_step_evaluates_and_exports(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    first = run.start_or_resume(tiny("train.steps=3"), run_dir)
+    weights = (run_dir / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(run_dir / "model")
+    document = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(document | {"status": "running"}))
+    again = run.start_or_resume(tiny("train.steps=3"), run_dir)
+    assert (again.status, again.step, again.after) == ("finished", 3, first.after)
+    assert (run_dir / "model" / "model.safetensors").read_bytes() == weights
