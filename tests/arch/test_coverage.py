@@ -25,7 +25,7 @@ FLOORS = {
     "unit/spec": 40,
     "unit/tokenizer": 55,
     "unit/torch": 30,
-    "unit/launch": 7,
+    "unit/launch": 6,
     "unit/train": 55,
     "unit/weights": 70,
 }
