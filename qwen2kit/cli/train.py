@@ -25,7 +25,7 @@ def train(
         str | None,
         typer.Argument(
             help="A TOML file or the name of a shipped recipe (tiny, pretrain, long-context, sft, "
-            "sft-small); default: tiny."
+            "sft-small, lora, qlora); default: tiny."
         ),
     ] = None,
     overrides: Annotated[
