@@ -74,7 +74,7 @@ def test_every_source_file_and_recipe_is_inside(wheel: Path) -> None:
 
 
 def test_nothing_else_is_inside(wheel: Path) -> None:
-    allowed = {".py", ".typed", ".toml", ".jinja", ".yaml", ".json", ".txt"}
+    allowed = {".py", ".typed", ".toml", ".jinja", ".yaml", ".sbatch", ".json", ".txt"}
     strange = {
         name for name in names(wheel)
         if ".dist-info/" not in name and Path(name).suffix not in allowed
