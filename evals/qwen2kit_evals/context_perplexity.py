@@ -74,7 +74,8 @@ def context_perplexity(
         for start in starts
     ]
     nlls = [-logprob / stride for logprob in _scores(loaded, requests, answers)]
-    size = sum(len(loaded.tokenizer.decode(tokens[s : s + stride]).encode()) for s in starts)
+    scored = [token for start in starts for token in tokens[start : start + stride]]
+    size = sum(len(loaded.tokenizer.token_bytes(token)) for token in scored)
     return [
         _point(length, nlls[n * len(starts) : (n + 1) * len(starts)], stride, size)
         for n, length in enumerate(lengths)
