@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from qwen2kit.errors import ConfigError, TokenizerError
-from qwen2kit_evals.provenance import file_digests
 from qwen2kit_evals.metric_rows import metric_rows
+from qwen2kit_evals.provenance import file_digests
 from qwen2kit_evals.results import EvalResult, plain, write_results
 from qwen2kit_evals.run import default_output, evaluate
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
