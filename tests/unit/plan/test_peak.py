@@ -57,7 +57,12 @@ def measured_peak(plan: TrainPlan, rows: int) -> int:
     trained = sum(p.numel() for p in parameters if p.requires_grad)
     before = sum(p.numel() * p.element_size() for p in parameters)
     before += MOMENTS * MASTER_BYTES * trained
-    # Gradients of the last step are freed first; the profiler cannot see that.
+    # On a busy machine the profiler misses allocations now and then: the fullest of three steps.
+    return before + max(allocated_in_a_step(model, rows) for _ in range(3))
+
+
+def allocated_in_a_step(model: Any, rows: int) -> int:
+    """Most bytes allocated since the step began, the last step's gradients counted as kept."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         model.train_step(batch(rows), 1e-4)
@@ -66,7 +71,7 @@ def measured_peak(plan: TrainPlan, rows: int) -> int:
         for event in profile.profiler.kineto_results.events()
         if event.name() == "[memory]"
     ]
-    return before + int(np.cumsum([size for _, size in sorted(events)]).max())
+    return int(np.cumsum([size for _, size in sorted(events)]).max())
 
 
 @pytest.mark.slow
