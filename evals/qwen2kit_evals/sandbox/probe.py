@@ -37,10 +37,13 @@ def send():
     socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", {port}))
 
 def stay():
+    reader, writer = os.pipe()
     if os.fork() == 0:
         os.setsid()
+        os.write(writer, b"x")
         import time
-        time.sleep(4)
+        time.sleep(30)
+    os.read(reader, 1)
 
 attempt("use the network", connect)
 attempt("use the network", send)
