@@ -19,6 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
+FIRST_PORT = 23000
 NODES = ("127.0.0.1", "127.0.0.2")
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "sinfo")
 
@@ -39,6 +40,7 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
+FirstJobId={first_job}
 KillWait=20
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -74,6 +76,7 @@ class Cluster:
             user=getpass.getuser(),
             folder=folder,
             controller=controller,
+            first_job=controller - FIRST_PORT + 1,  # jobs derive a port from their number
             nodes=f"{first}-{second}",
         )
         (folder / "slurm.conf").write_text(conf)
@@ -100,7 +103,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, number: str, *states: str, seconds: float = 150) -> dict[str, str]:
+    def wait_for(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
         """Wait until a job is in one of ``states``."""
         deadline = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:
@@ -154,7 +157,7 @@ def _path() -> str:
 
 def _three_ports() -> tuple[int, int, int]:
     """A free port, and two free ones in a row."""
-    for first in range(24000 + os.getpid() % 1000, 60000, 3):
+    for first in range(FIRST_PORT + 8 * (os.getpid() % 500), FIRST_PORT + 8000, 8):
         ports = (first, first + 1, first + 2)
         try:
             for port in ports:

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 STEPS = 60
+PATIENCE = 240
 SLOW = ("train.steps=100000", "checkpoint.every=20")
 
 
@@ -52,7 +53,7 @@ def script(run_dir: Path, *changes: str, per_node: int = 1) -> str:
 
 
 def wait_for_steps(run_dir: Path, steps: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(losses(run_dir)) < steps:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -87,7 +88,7 @@ def test_a_warning_saves_and_the_script_requeues_itself(cluster: Cluster, tmp_pa
     wait_for_steps(run_dir, 5)
     assert checkpoints(run_dir) == []
     cluster.run("scancel", "--signal=USR1", job)  # what --signal=USR1@seconds sends
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not checkpoints(run_dir):
         assert time.monotonic() < deadline, cluster.log()
         time.sleep(0.1)
@@ -108,7 +109,7 @@ def test_a_killed_process_requeues_the_job(cluster: Cluster, tmp_path: Path) -> 
     processes = pids(run_dir)
     assert len(processes) == 2 * len(NODES)
     os.kill(processes[-1], signal.SIGKILL)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while cluster.job(job)["Restarts"] != "1":
         assert time.monotonic() < deadline, cluster.log()
         time.sleep(0.2)

@@ -74,7 +74,7 @@ def fake_cluster(status: int) -> str:
     """Shell functions in place of SLURM's programs; srun becomes one process and its status."""
     return (
         "scontrol() { if [ $1 = show ]; then echo first; echo second; else echo $1 $2; fi; }\n"
-        'srun() { shift; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=32 "$@"; '
+        'srun() { shift 2; SLURM_PROCID=3 SLURM_LOCALID=1 SLURM_NTASKS=32 "$@"; '
         f"return {status}; }}\n"
         "export SLURM_JOB_ID=123456 SLURM_JOB_NODELIST=x SLURM_CPUS_PER_TASK=12\n"
     )
@@ -82,7 +82,16 @@ def fake_cluster(status: int) -> str:
 
 @pytest.mark.parametrize(
     ("status", "restarts", "requeued"),
-    [(0, 0, False), (138, 0, True), (138, 9, True), (137, 2, True), (137, 3, False), (5, 0, False)],
+    [
+        (0, 0, False),
+        (138, 0, True),
+        (138, 9, True),
+        (137, 2, True),
+        (137, 3, False),
+        (139, 0, True),
+        (143, 0, False),
+        (5, 0, False),
+    ],
 )
 def test_the_batch_script_hands_arguments_over_and_requeues_what_it_should(
     status: int, restarts: int, requeued: bool
@@ -100,7 +109,7 @@ def test_the_batch_script_hands_arguments_over_and_requeues_what_it_should(
     )  # fmt: skip
     assert done.returncode == status, done.stderr
     lines = done.stdout.splitlines()
-    assert json.loads(lines[0]) == [AWKWARD, "3", "1", "32", "first", str(20000 + 123456 % 20000)]
+    assert json.loads(lines[0]) == [AWKWARD, "3", "1", "32", "first", str(20000 + 123456 % 10000)]
     assert lines[1:] == (["requeue 123456"] if requeued else [])
 
 
