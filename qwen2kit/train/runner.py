@@ -106,7 +106,7 @@ class Runner:
                 raise
             raise PeerError(str(error)) from error
         except Exception as error:
-            if isinstance(self._backend, DistributedBackend) and self._backend.lost_process(error):
+            if self._processes.world > 1 and self._is_lost_process(error):
                 raise PeerError(f"lost another process: {error}") from error
             raise
         finally:
@@ -291,6 +291,10 @@ class Runner:
     def _note(self, text: str) -> None:
         if self._console is not None:
             self._console.print(text, markup=False, soft_wrap=True)
+
+    def _is_lost_process(self, error: Exception) -> bool:
+        backend = self._backend
+        return isinstance(backend, DistributedBackend) and backend.lost_process(error)
 
     def _must_report(self, error: Qwen2KitError) -> bool:
         """Whether this process is the one that has to say what went wrong."""
