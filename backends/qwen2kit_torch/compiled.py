@@ -59,8 +59,7 @@ class TorchModel:
 
     def load(self, weights: WeightSource) -> LoadReport:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
-        inference = self.plan.train is None
-        return load_weights(self.module, weights, device=self.device, share=inference)
+        return load_weights(self.module, weights, device=self.device)
 
     def export(self) -> Iterator[tuple[str, HostTensor]]:
         """All schema parameters in schema order, canonical names, in the parameters' dtype."""

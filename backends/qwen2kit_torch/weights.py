@@ -27,17 +27,16 @@ _TORCH: dict[DType, torch.dtype] = {
 _HOST = {dtype: name for name, dtype in _TORCH.items()}
 
 
-def load_weights(
-    model: Qwen2, weights: WeightSource, *, device: torch.device, share: bool
-) -> LoadReport:
+def load_weights(model: Qwen2, weights: WeightSource, *, device: torch.device) -> LoadReport:
     """Fill every parameter of ``model`` from ``weights``, in the parameters' own dtype.
+
+    They will never be written, so that on the CPU they may be the source's own buffers (usually a
+    memory-mapped file) where the dtype is the same.
 
     Args:
         model: parameters may still be on the meta device.
         weights: canonical tensors; quantised ones are dequantised.
         device: where parameters go.
-        share: the parameters will never be written, so that on the CPU they may be the source's
-            own buffers (usually a memory-mapped file) where the dtype is the same.
 
     Raises:
         WeightError: names or shapes do not fit.
@@ -45,12 +44,11 @@ def load_weights(
     started = time.perf_counter()
     check_fits(model.spec, weights)
     total = 0
-    if share:
-        model.discard_packed()
+    model.discard_packed()
     for param in schema(model.spec):
         host = weights.read(param.name)
         total += host.nbytes
-        _assign(model, param.name, as_tensor(host), device, share)
+        _assign(model, param.name, as_tensor(host), device)
     return LoadReport(
         tensors=len(schema(model.spec)), bytes=total, seconds=time.perf_counter() - started
     )
@@ -81,13 +79,8 @@ def as_host(tensor: Tensor) -> HostTensor:
     return HostTensor(_HOST[tensor.dtype], tuple(tensor.shape), raw.data)
 
 
-def _assign(model: Qwen2, name: str, source: Tensor, device: torch.device, share: bool) -> None:
+def _assign(model: Qwen2, name: str, source: Tensor, device: torch.device) -> None:
     path, _, leaf = name.rpartition(".")
     module: nn.Module = model.get_submodule(path)
     current: nn.Parameter = getattr(module, leaf)
-    if not current.is_meta and not share:
-        with torch.no_grad():
-            current.copy_(source)
-        return
-    value = source.to(device, current.dtype, copy=not share)
-    setattr(module, leaf, nn.Parameter(value, requires_grad=not share))
+    setattr(module, leaf, nn.Parameter(source.to(device, current.dtype), requires_grad=False))
