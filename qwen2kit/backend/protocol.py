@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.processes import Processes
+from qwen2kit.backend.slots import Slots
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 TokenIds = Sequence[int]
 FinishReason = Literal["stop", "length"]
 
@@ -98,12 +99,15 @@ class TokenEvent:
         token: the id (the stop id is emitted too, with ``finish_reason="stop"``).
         finish_reason: set on the last event of a prompt.
         logprob: natural-log probability, when `Sampling.logprobs` asked for it.
+        top: the most likely ids and their log-probabilities, as many as `Sampling.top_logprobs`
+            asked for, by falling probability.
     """
 
     prompt: int
     token: int
     finish_reason: FinishReason | None = None
     logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,15 +215,11 @@ class CompiledModel(Protocol):
         """
         ...
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        """Continue every prompt (ragged lengths allowed) as one batch.
+    def slots(self, count: int, capacity: int) -> Slots:
+        """Room for up to ``count`` sequences of ``capacity`` tokens to be continued together;
+        fewer than ``count`` where memory does not hold them.
 
-        Events of different prompts interleave; the last event of each prompt carries a
-        ``finish_reason``. The result does not depend on what else is in the batch. Closing the
-        iterator frees the cache.
-
-        Raises BackendError if a prompt is empty, longer than the model can take, or holds a token
-        id outside the vocabulary.
+        Raises BackendError if not even one fits, or ``capacity`` is beyond the model's limit.
         """
         ...
 

@@ -1,0 +1,145 @@
+"""The seam of generation: key/value slots on a device, and forward passes over them.
+
+A backend offers `Slots`; scheduling, drawing, prefix sharing and speculation are core's
+(`qwen2kit.engine`). Shapes: N wanted positions, k shortlist, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from qwen2kit.weights.tensor import HostTensor
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """Tokens for one slot.
+
+    Attributes:
+        slot: its number.
+        start: positions of the slot that stay; ``tokens`` follow them, and whatever lay beyond is
+            forgotten. This is how a slot is emptied (0), cut back or extended.
+        tokens: at least one id.
+        wanted: how many of the last positions' logits are wanted, 0 to ``len(tokens)``.
+    """
+
+    slot: int
+    start: int
+    tokens: tuple[int, ...]
+    wanted: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Edit:
+    """What happens to one row of logits before a token is drawn from it, in this order.
+
+    Attributes:
+        limit: ids at or above it are out (untrained padding rows); None keeps all.
+        ids: int64 ``[n]``, distinct ids whose logits change, or None.
+        scale: float32 ``[n]``; a positive logit is divided by it, a negative one multiplied.
+        shift: float32 ``[n]``, added afterwards.
+        allowed: packed mask uint32 ``[ceil(V / 32)]``, bit ``i`` of word ``w`` stands for id
+            ``32 * w + i``; ids without their bit are out. None allows all.
+        temperature: divides the logits in `Shortlist.total`; 0 counts as 1.
+    """
+
+    limit: int | None = None
+    ids: NDArray[np.int64] | None = None
+    scale: NDArray[np.float32] | None = None
+    shift: NDArray[np.float32] | None = None
+    allowed: NDArray[np.uint32] | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """The most likely tokens of N rows, and what is needed to know what they leave out.
+
+    Attributes:
+        ids: int64 ``[N, k]``, by falling score; ids that are out may fill the end (score -inf).
+        scores: float32 ``[N, k]``, edited logits.
+        total: float64 ``[N]``, log-sum-exp of ``edited logits / temperature`` over the whole row.
+        raw: float32 ``[N, k]``, logits of ``ids`` before the edit.
+        raw_total: float64 ``[N]``, log-sum-exp of the logits below ``limit`` before the edit.
+    """
+
+    ids: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    total: NDArray[np.float64]
+    raw: NDArray[np.float32]
+    raw_total: NDArray[np.float64]
+
+
+class Logits(Protocol):
+    """Logits of the wanted positions, feed by feed, still on the device."""
+
+    def greedy(self, limit: int | None) -> list[int]:
+        """The most likely id below ``limit`` of each of the N rows; the smallest one of equals.
+
+        Raises BackendError if a row holds NaN, or nothing finite.
+        """
+        ...
+
+    def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        """The ``size`` most likely ids of every row after its edit; on NaN as `greedy`."""
+        ...
+
+    def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """Unedited float32 logits ``[len(rows), V]``."""
+        ...
+
+
+@runtime_checkable
+class Slots(Protocol):
+    """Keys and values of ``count`` independent sequences of up to ``capacity`` tokens.
+
+    What a slot gives does not depend on other slots, nor on how its tokens were divided into
+    feeds (up to rounding).
+    """
+
+    count: int
+    capacity: int
+
+    def feed(self, feeds: Sequence[Feed]) -> Logits:
+        """Append tokens to slots, each slot at most once, in as few passes as the device likes.
+
+        The caller sees to it that slots hold ``start`` positions and that everything fits.
+        """
+        ...
+
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        """Feed one token per slot, then go on with the most likely id below ``limit`` of each.
+
+        Yields the ids of each step, one per feed, as the device finishes; it may run ahead of
+        the reader. Ends when a slot is full; may be closed at any time. Afterwards a slot holds
+        the fed token and those yielded before the last one; what lies beyond is undefined.
+        """
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first ``length`` positions of ``target`` equal to those of ``source``."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back; idempotent. Nothing else may be called afterwards."""
+        ...
+
+
+@runtime_checkable
+class PersistentSlots(Slots, Protocol):
+    """Slots whose content can leave the device and come back (a prompt cache on disk)."""
+
+    def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
+        """Keys and values of the first ``length`` positions: ``layers.{i}.keys`` and
+        ``layers.{i}.values``, each ``[kv_heads, length, head_dim]`` in the cache's dtype."""
+        ...
+
+    def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
+        """Fill a slot from what `export` gave; raises WeightError if it does not fit."""
+        ...
