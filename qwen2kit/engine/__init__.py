@@ -1,0 +1,1 @@
+"""Continuing many sequences at once: scheduling, prefix sharing, speculation; no framework."""

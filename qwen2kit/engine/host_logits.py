@@ -1,0 +1,87 @@
+"""`Logits` in NumPy: the reference, and what a backend on the CPU may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from qwen2kit.backend.slots import Edit, Shortlist
+from qwen2kit.errors import BackendError
+from qwen2kit.generate.edit import apply_edit
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class HostLogits:
+    """Implements `qwen2kit.backend.slots.Logits`.
+
+    Args:
+        rows: float32 ``[N, V]``; not modified.
+    """
+
+    def __init__(self, rows: NDArray[np.float32]) -> None:
+        self._rows = rows
+
+    def greedy(self, limit: int | None) -> list[int]:
+        """Argmax of every row below ``limit``."""
+        import numpy as np
+
+        rows = self._rows[:, :limit]
+        best = rows.argmax(axis=-1)
+        check_finite(rows[np.arange(len(rows)), best])
+        return [int(token) for token in best]
+
+    def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        """Row by row; of equal scores the smaller id comes first."""
+        import numpy as np
+
+        count, vocab = self._rows.shape
+        size = min(size, vocab)
+        ids = np.empty((count, size), dtype=np.int64)
+        scores = np.empty((count, size), dtype=np.float32)
+        totals = np.empty((2, count), dtype=np.float64)
+        for index, (row, edit) in enumerate(zip(self._rows, edits, strict=True)):
+            edited = apply_edit(row, edit)
+            check_finite(edited.max())
+            ids[index] = _largest(edited, size)
+            scores[index] = edited[ids[index]]
+            totals[0, index] = log_sum_exp(edited.astype(np.float64) / (edit.temperature or 1.0))
+            totals[1, index] = log_sum_exp(row[: edit.limit].astype(np.float64))
+        raw = np.take_along_axis(self._rows, ids, axis=1)
+        return Shortlist(ids, scores, totals[0], raw, totals[1])
+
+    def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """A copy of the named rows."""
+        return self._rows[list(rows)]
+
+
+def check_finite(best: NDArray[np.float32] | np.float32) -> None:
+    """Refuse rows whose largest logits are ``best``: NaN, or nothing finite to choose from.
+
+    Raises:
+        BackendError: one of them is not finite.
+    """
+    import numpy as np
+
+    if not np.isfinite(best).all():
+        raise BackendError(
+            "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
+        )
+
+
+def log_sum_exp(values: NDArray[np.float64]) -> float:
+    """Natural log of the sum of exponentials, in float64."""
+    import numpy as np
+
+    peak = values.max()
+    return float(peak + np.log(np.exp(values - peak).sum()))
+
+
+def _largest(scores: NDArray[np.float32], size: int) -> NDArray[np.int64]:
+    import numpy as np
+
+    at_least = np.partition(scores, -size)[-size]
+    above = np.flatnonzero(scores >= at_least)
+    return above[np.argsort(-scores[above], kind="stable")][:size]
