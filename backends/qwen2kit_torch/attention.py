@@ -18,7 +18,7 @@ from torch import Tensor
 class Attend(Protocol):
     """Attention whose visible keys are settled."""
 
-    def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
+    def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor, /) -> Tensor:
         """Output ``[B, H, T, C]``; softmax scale is ``C ** -0.5``."""
         ...
 

@@ -10,14 +10,14 @@ import torch
 
 from qwen2kit.backend.limits import check_scores, check_tokens, context_limit
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
+from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenIds
+from qwen2kit.backend.slots import PersistentSlots
 from qwen2kit.errors import BackendError
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.devices import resolve_device, resolve_dtype
-from qwen2kit_torch.generate import generate
+from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.prefill import logits_in_slices
 from qwen2kit_torch.score import score
@@ -38,6 +38,7 @@ class TorchModel:
         spec: the model.
         plan: what it was compiled for.
         device: where it runs.
+        limit: longest sequence in tokens.
         dtype: compute dtype.
         module: the network, on the meta device until weights are loaded.
 
@@ -93,15 +94,19 @@ class TorchModel:
         check_scores(requests, self.spec, self.limit)
         return score(self.module, requests) if requests else iter(())
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        """Continue every prompt; see the protocol.
+    def slots(self, count: int, capacity: int) -> PersistentSlots:
+        """Room for up to ``count`` sequences of ``capacity`` tokens; see the protocol.
 
         Raises:
-            BackendError: a prompt is empty, too long, or holds foreign token ids.
+            BackendError: not even one fits, or ``capacity`` is beyond the model's limit.
         """
-        for index, prompt in enumerate(prompts):
-            self._check(prompt, f"prompt {index}")
-        return generate(self.module, prompts, sampling, limit=self.limit) if prompts else iter(())
+        self._check_loaded()
+        if count < 1 or not 1 <= capacity <= self.limit:
+            raise BackendError(
+                f"slots({count}, {capacity}): a model takes at least one slot, of 1 to "
+                f"{self.limit} tokens"
+            )
+        return EagerSlots(self.module, count=count, capacity=capacity)
 
     def _check(self, tokens: Sequence[int], what: str) -> None:
         self._check_loaded()

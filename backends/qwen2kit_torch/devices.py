@@ -57,6 +57,22 @@ def resolve_dtype(plan: ExecutionPlan, device: torch.device) -> torch.dtype:
     return DTYPES[plan.dtype]
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``, as far as is known.
+
+    On a CPU it is what the system can give without swapping; where it does not say, half of all.
+    """
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            values = dict(line.split(":", 1) for line in lines)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return (_host_memory() or 1 << 34) // 2
+
+
 def _host_memory() -> int | None:
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -8,6 +8,7 @@ still spread (0 * NaN). Shapes: B rows, K kv heads, S slots, C head_dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,28 @@ from torch import Tensor
 from qwen2kit.spec.model import ModelSpec
 
 _BLOCK = 256
+
+
+class Cache(Protocol):
+    """What a forward pass asks of the cache it appends to.
+
+    Attributes:
+        lengths: tokens already held, per row.
+    """
+
+    lengths: list[int]
+
+    def reserve(self, new: int) -> None:
+        """Make room for ``new`` more tokens in every row, before the layers append them."""
+        ...
+
+    def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
+        """Store a layer's new keys and values; returns those that attention is to read."""
+        ...
+
+    def advance(self, new: int) -> None:
+        """Count ``new`` tokens as present in every row, after all layers have appended them."""
+        ...
 
 
 class KVCache:
@@ -95,15 +118,6 @@ class KVCache:
                 for part in pair:
                     part[:, :, :count] = part[:, :, index]
         self.truncate([count])
-
-    def keep_rows(self, rows: Sequence[int]) -> None:
-        """Drop all rows but ``rows``, which keep the given order."""
-        index = torch.tensor(rows, device=self._layers[0][0].device)
-        self._layers = [
-            (k.index_select(0, index), v.index_select(0, index)) for k, v in self._layers
-        ]
-        self.lengths = [self.lengths[row] for row in rows]
-        self._shape = (len(rows), *self._shape[1:])
 
     def _reallocate(self, capacity: int) -> None:
         used = max(self.lengths)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.attention import Attend, visibilities
-from qwen2kit_torch.kv_cache import KVCache
+from qwen2kit_torch.fused.rotation import rotated_heads
+from qwen2kit_torch.fused.swiglu import swiglu
+from qwen2kit_torch.kv_cache import Cache
 from qwen2kit_torch.linear import Linear, joint, linear, pack, packed_linear
 from qwen2kit_torch.rope import Rotary, rotate
 
@@ -41,7 +43,7 @@ class Attention(nn.Module):
     """Grouped-query attention with biased q/k/v projections and rotary positions.
 
     Attributes:
-        fused: compute the three projections as one product.
+        fused: compute the three projections as one product, and rotate it in one pass.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Attention(nn.Module):
         self.layer = layer
         self.window = spec.window_of(layer)
         self.head_dim = spec.head_dim
+        self.heads, self.kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         width = spec.num_attention_heads * spec.head_dim
         kv_width = spec.num_key_value_heads * spec.head_dim
         self.q_proj = Linear(spec.hidden_size, width, device=device, dtype=dtype, bias=True)
@@ -64,29 +67,33 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         visible: Mapping[int | None, Attend],
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Tensor:
         """``[B, T, D] -> [B, T, D]``."""
-        shape = (*x_BTD.shape[:2], -1, self.head_dim)
-        if self.fused:
-            q, k, v = joint(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-        else:
-            q, k, v = self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD)
-        q = rotate(q.view(shape), *rope).transpose(1, 2)
-        k = rotate(k.view(shape), *rope).transpose(1, 2)
-        v = v.view(shape).transpose(1, 2)
+        q, k, v = (x_BTNC.transpose(1, 2) for x_BTNC in self._heads(x_BTD, rope))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         out_BHTC = visible[self.window](q, k, v)
         out: Tensor = self.o_proj(out_BHTC.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
         return out
 
+    def _heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: ``[B, T, heads, C]``."""
+        if self.fused:
+            product = joint(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+            return rotated_heads(product, *rope, self.heads, self.kv_heads)
+        q, k, v = (
+            layer(x_BTD).unflatten(-1, (-1, self.head_dim))
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, *rope), rotate(k, *rope), v
+
 
 class MLP(nn.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))`` (arXiv 2002.05202).
 
     Attributes:
-        fused: compute gate and up as one product.
+        fused: compute gate and up as one product, and its activation in one pass.
     """
 
     def __init__(self, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> None:
@@ -103,10 +110,10 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., D] -> [..., D]``."""
         if self.fused:
-            gate, up = joint(x, self.gate_proj, self.up_proj)
+            inner = swiglu(joint(x, self.gate_proj, self.up_proj))
         else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        out: Tensor = self.down_proj(F.silu(gate) * up)
+            inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        out: Tensor = self.down_proj(inner)
         return out
 
 
@@ -127,7 +134,7 @@ class DecoderLayer(nn.Module):
         x_BTD: Tensor,
         rope: tuple[Tensor, Tensor],
         visible: Mapping[int | None, Attend],
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Tensor:
         """``[B, T, D] -> [B, T, D]``."""
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible, cache)
@@ -195,7 +202,7 @@ class Qwen2(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         visible: Mapping[int | None, Attend] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, ``[B, T, D]``.
@@ -225,7 +232,7 @@ class Qwen2(nn.Module):
         *,
         positions: Tensor | None = None,
         documents: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         visible: Mapping[int | None, Attend] | None = None,
     ) -> Iterator[Tensor]:
         """The residual stream, one ``[B, T, D]`` at a time: embedding, every layer's output, final

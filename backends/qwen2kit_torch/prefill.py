@@ -1,13 +1,12 @@
-"""Running prompts through the model in bounded slices.
+"""Running tokens through the model in bounded slices.
 
 Shapes: R rows, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-import torch
 from torch import Tensor
 
 from qwen2kit_torch.kv_cache import KVCache
@@ -22,28 +21,6 @@ def feed(model: Qwen2, tokens_RT: Tensor, cache: KVCache) -> Iterator[Tensor]:
     step = max(1, TOKENS_PER_PASS // len(tokens_RT))
     for start in range(0, tokens_RT.shape[1], step):
         yield model.forward_hidden(tokens_RT[:, start : start + step], cache=cache)
-
-
-def prefill(model: Qwen2, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Fill an empty cache with ragged prompts.
-
-    Returns:
-        Final hidden state of each prompt's last token, ``[R, D]``.
-    """
-    lengths = [len(prompt) for prompt in prompts]
-    longest = max(lengths)
-    device = model.model.embed_tokens.weight.device
-    # Padding is on the right: causality hides it from the prompt, the next tokens overwrite it.
-    padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-    last: list[Tensor | None] = [None] * len(prompts)
-    done = 0
-    for hidden_RTD in feed(model, torch.tensor(padded, device=device), cache):
-        for row, length in enumerate(lengths):
-            if done < length <= done + hidden_RTD.shape[1]:
-                last[row] = hidden_RTD[row, length - 1 - done]
-        done += hidden_RTD.shape[1]
-    cache.truncate(lengths)
-    return torch.stack([hidden for hidden in last if hidden is not None])
 
 
 def logits_in_slices(model: Qwen2, hidden_TD: Tensor) -> Iterator[tuple[int, Tensor]]:

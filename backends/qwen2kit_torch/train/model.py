@@ -26,11 +26,10 @@ from qwen2kit.backend.protocol import (
     ScoreRequest,
     StepMetrics,
     TokenBatch,
-    TokenEvent,
     TokenIds,
 )
+from qwen2kit.backend.slots import PersistentSlots
 from qwen2kit.errors import BackendError, TrainingError
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.plan.degrees import check_degrees
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import EMBED_TOKENS
@@ -220,11 +219,11 @@ class TorchTrainableModel(TorchModel):
         """Log-probabilities of continuations, the same on every process."""
         return super().score(requests) if self._is_plain else self._copy().score(requests)
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        """Continue every prompt, the same on every process."""
+    def slots(self, count: int, capacity: int) -> PersistentSlots:
+        """Room for sequences that the present weights continue, the same on every process."""
         if self._is_plain:
-            return super().generate(prompts, sampling)
-        return self._copy().generate(prompts, sampling)
+            return super().slots(count, capacity)
+        return self._copy().slots(count, capacity)
 
     @property
     def _is_plain(self) -> bool:

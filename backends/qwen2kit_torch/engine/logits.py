@@ -1,0 +1,124 @@
+"""Logits that stay on their device: only what is asked for is copied to the host.
+
+Shapes: N rows, V vocabulary, k shortlist, E edited logits of all rows together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qwen2kit.backend.slots import Edit, Shortlist
+from qwen2kit.errors import BackendError
+
+
+class DeviceLogits:
+    """Implements `qwen2kit.backend.slots.Logits`.
+
+    Args:
+        logits_NV: in the compute dtype.
+    """
+
+    def __init__(self, logits_NV: Tensor) -> None:
+        self._logits = logits_NV
+
+    @torch.inference_mode()
+    def greedy(self, limit: int | None) -> list[int]:
+        """The most likely id below ``limit`` of each row, the smallest one of equals."""
+        best, ids = self._logits[:, :limit].max(-1)
+        found = torch.stack([ids.double(), best.double()]).cpu().numpy()
+        check_finite(found[1])
+        return [int(token) for token in found[0]]
+
+    @torch.inference_mode()
+    def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        """The ``size`` most likely ids of every row after its edit."""
+        raw = self._logits.float()
+        device, vocab = raw.device, raw.shape[1]
+        limits = torch.tensor([vocab if e.limit is None else e.limit for e in edits])
+        out = torch.arange(vocab, device=device) >= limits.to(device)[:, None]
+        raw = raw.masked_fill(out, -torch.inf)
+        scores = _edited(raw, edits)
+        warmth = torch.tensor([e.temperature or 1.0 for e in edits], dtype=torch.float64)
+        top, ids = scores.topk(min(size, vocab))
+        totals = [
+            (scores.double() / warmth.to(device)[:, None]).logsumexp(-1),
+            raw.double().logsumexp(-1),
+        ]
+        parts = [ids, top, raw.gather(1, ids), *(total[:, None] for total in totals)]
+        found = torch.cat([part.double() for part in parts], dim=1).cpu().numpy()
+        return _sorted(found, top.shape[1])
+
+    @torch.inference_mode()
+    def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
+        """Unedited float32 logits ``[len(rows), V]``."""
+        index = torch.tensor(list(rows), device=self._logits.device, dtype=torch.int64)
+        found: NDArray[np.float32] = self._logits[index].float().cpu().numpy()
+        return found
+
+
+def check_finite(best: NDArray[np.float64]) -> None:
+    """Refuse rows whose largest logit is no number to choose by.
+
+    Raises:
+        BackendError: one is NaN or infinite.
+    """
+    if not np.isfinite(best).all():
+        raise BackendError(
+            "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
+        )
+
+
+def _edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
+    scores = raw_NV
+    changed = [(row, edit) for row, edit in enumerate(edits) if edit.ids is not None]
+    if changed:
+        scores = raw_NV.clone()
+        rows, ids, scale, shift = (part.to(raw_NV.device) for part in _joined(changed))
+        value = scores[rows, ids]
+        scores[rows, ids] = torch.where(value > 0, value / scale, value * scale) + shift
+    masked = [(row, edit.allowed) for row, edit in enumerate(edits) if edit.allowed is not None]
+    if masked:
+        bits = np.stack([allowed for _, allowed in masked]).view(np.int32)
+        rows = torch.tensor([row for row, _ in masked], device=raw_NV.device)
+        words = torch.from_numpy(bits).to(raw_NV.device)
+        ids = torch.arange(raw_NV.shape[1], device=raw_NV.device)
+        banned = (words[:, ids // 32] >> (ids % 32).int()) & 1 == 0
+        scores = scores.index_put((rows,), scores[rows].masked_fill(banned, -torch.inf))
+    return scores
+
+
+def _joined(changed: Sequence[tuple[int, Edit]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row, id, scale and shift of every edited logit, ``[E]`` each."""
+    rows, ids, scale, shift = [], [], [], []
+    for row, edit in changed:
+        assert edit.ids is not None
+        count = len(edit.ids)
+        rows.append(np.full(count, row))
+        ids.append(edit.ids)
+        scale.append(np.ones(count, np.float32) if edit.scale is None else edit.scale)
+        shift.append(np.zeros(count, np.float32) if edit.shift is None else edit.shift)
+    columns = [np.concatenate(part) for part in (rows, ids, scale, shift)]
+    first, second, third, fourth = (torch.from_numpy(column) for column in columns)
+    return first, second, third, fourth
+
+
+def _sorted(found: NDArray[np.float64], size: int) -> Shortlist:
+    """Columns ids, scores, raw (``size`` each), total, raw total; equals go by id."""
+    ids, scores, raw = found[:, :size], found[:, size : 2 * size], found[:, 2 * size : 3 * size]
+    total, raw_total = found[:, -2], found[:, -1]
+    check_finite(scores.max(axis=1, initial=-np.inf))
+    check_finite(total)
+    order = np.lexsort((ids, -scores), axis=-1)
+    ids, scores, raw = (np.take_along_axis(part, order, axis=1) for part in (ids, scores, raw))
+    return Shortlist(
+        ids=ids.astype(np.int64),
+        scores=scores.astype(np.float32),
+        total=total,
+        raw=raw.astype(np.float32),
+        raw_total=raw_total,
+    )
