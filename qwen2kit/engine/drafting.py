@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from qwen2kit.engine.request import Request
+from qwen2kit.generate.sampling import Sampler
+
 
 class Unfinished(NamedTuple):
     """A sequence to guess the continuation of.
@@ -17,18 +20,20 @@ class Unfinished(NamedTuple):
         key: the request's.
         tokens: prompt and everything drawn so far; grows in place, not to be modified.
         limit: most tokens that are of use, at least 1.
+        sampler: the one that will draw the next tokens; to be forked (`Sampler.fork`), not used.
     """
 
     key: int
     tokens: Sequence[int]
     limit: int
+    sampler: Sampler
 
 
 class Drafter(Protocol):
     """Proposes continuations; one engine owns it and tells it what becomes of its requests."""
 
-    def begin(self, key: int, prompt: Sequence[int]) -> None:
-        """A request with these prompt ids has been admitted."""
+    def begin(self, key: int, request: Request) -> None:
+        """A request has been admitted."""
         ...
 
     def propose(self, sequences: Sequence[Unfinished]) -> list[tuple[int, ...]]:
