@@ -5,7 +5,8 @@ Shapes: T fed tokens, N scored positions, M continuation tokens, D hidden, V voc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,88 +14,168 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2kit.backend.protocol import Score, ScoreRequest
-from qwen2kit.generate.prefix import plan_scores
+from qwen2kit.generate.prefix import Target, plan_scores
 from qwen2kit.generate.prefix_pack import Pack, pack_steps
 from qwen2kit_torch.attention import Attend, Visibility
 from qwen2kit_torch.kv_cache import KVCache
 from qwen2kit_torch.model import Qwen2
-from qwen2kit_torch.prefill import TOKENS_PER_PASS, feed, logits_in_slices
+from qwen2kit_torch.score_budget import Budget, budget_of
+from qwen2kit_torch.train.segments import VarlenAttend
 
-# A CPU is busy with this many tokens; masks make larger packs dearer there.
-_CPU_PACK = 256
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def score(model: Qwen2, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
-    """Scores of valid ``requests`` in the order of `plan_scores`."""
+    """Scores of valid ``requests``, each once, in the order of `plan_scores`.
+
+    When memory runs out, what is not answered yet is planned again with half the budget.
+
+    Raises:
+        BackendError: there is not even memory for one token.
+    """
+    budget = budget_of(model)
+    left = list(range(len(requests)))
+    while left:
+        done: set[int] = set()
+        try:
+            for place, found in _score(model, [requests[index] for index in left], budget):
+                done.add(place)
+                yield left[place], found
+        except torch.OutOfMemoryError:
+            budget = budget.halved()
+        left = [index for place, index in enumerate(left) if place not in done]
+
+
+def _score(
+    model: Qwen2, requests: Sequence[ScoreRequest], budget: Budget
+) -> Iterator[tuple[int, Score]]:
     weight = model.model.embed_tokens.weight
     longest = max(len(r.context) + len(r.continuation) - 1 for r in requests)
-    budget = _CPU_PACK if weight.device.type == "cpu" else TOKENS_PER_PASS
     with torch.inference_mode():
         cache = KVCache(
-            model.spec, rows=1, device=weight.device, dtype=weight.dtype, capacity=longest + budget
+            model.spec,
+            rows=1,
+            device=weight.device,
+            dtype=weight.dtype,
+            capacity=longest + min(budget.tokens, sum(len(r.context) for r in requests)),
         )
-    for pack in pack_steps(plan_scores(requests), budget):
-        yield from _run(model, cache, pack)
+    pending: _Answers | None = None
+    for pack in pack_steps(plan_scores(requests), budget.tokens, budget.keys):
+        answers = _run(model, cache, pack, budget)
+        if pending is not None:  # read while the device works on the next pack
+            yield from pending.read()
+        pending = answers
+    if pending is not None:
+        yield from pending.read()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """M looked-up tokens, still on the device.
+
+    Attributes:
+        targets: whose tokens they are, in order.
+        logprobs: float64 ``[M]``.
+        best: bool ``[M]``, whether the token is the row's argmax.
+    """
+
+    targets: tuple[Target, ...]
+    logprobs: Tensor
+    best: Tensor
+
+    def read(self) -> Iterator[tuple[int, Score]]:
+        """Each request's score."""
+        logprobs, best = self.logprobs.cpu().numpy(), self.best.cpu().numpy()
+        starts = np.cumsum([0, *(len(target.tokens) for target in self.targets[:-1])])
+        totals = np.add.reduceat(logprobs, starts).tolist()
+        greedy = np.logical_and.reduceat(best, starts).tolist()
+        for target, total, is_greedy in zip(self.targets, totals, greedy, strict=True):
+            yield target.request, Score(total, is_greedy)
 
 
 @torch.inference_mode()
-def _run(model: Qwen2, cache: KVCache, pack: Pack) -> Iterator[tuple[int, Score]]:
+def _run(model: Qwen2, cache: KVCache, pack: Pack, budget: Budget) -> _Answers:
     cache.keep_slots(pack.kept.tolist())
     wanted = np.concatenate([np.arange(t.first, t.first + len(t.tokens)) for t in pack.targets])
     scored, rows = np.unique(wanted, return_inverse=True)
     tokens = np.array([token for target in pack.targets for token in target.tokens])
-    logprobs, best = _look_up(model, _hidden(model, cache, pack, scored), rows, tokens)
-    start = 0
-    for target in pack.targets:
-        own = slice(start, start + len(target.tokens))
-        start = own.stop
-        yield target.request, Score(float(logprobs[own].sum()), bool(best[own].all()))
+    hidden_ND = torch.cat(list(_hidden(model, cache, pack, scored, budget.tokens)))
+    logprobs = torch.empty(len(rows), dtype=torch.float64, device=hidden_ND.device)
+    best = torch.empty(len(rows), dtype=torch.bool, device=hidden_ND.device)
+    for start in range(0, len(hidden_ND), budget.logits):
+        logits_NV = model.head(hidden_ND[start : start + budget.logits]).float()
+        inside = np.flatnonzero((rows >= start) & (rows < start + len(logits_NV)))
+        place, row, token = (
+            _on(logits_NV.device, x) for x in (inside, rows[inside] - start, tokens[inside])
+        )
+        logprobs[place] = (logits_NV[row, token] - logits_NV.logsumexp(-1)[row]).double()
+        best[place] = logits_NV.argmax(-1)[row] == token
+    return _Answers(pack.targets, logprobs, best)
 
 
-def _hidden(model: Qwen2, cache: KVCache, pack: Pack, scored: NDArray[np.int64]) -> Tensor:
-    """Feed the pack; final hidden states ``[N, D]`` of the ``scored`` positions."""
+def _hidden(
+    model: Qwen2, cache: KVCache, pack: Pack, scored: NDArray[np.int64], step: int
+) -> Iterator[Tensor]:
+    """Feed the pack; final hidden states of the ``scored`` positions, ``[N, D]`` in parts.
+
+    A pack of one run may be longer than ``step`` tokens, and is fed in pieces.
+    """
     device = model.model.embed_tokens.weight.device
-    tokens_1T = torch.from_numpy(pack.tokens).to(device)[None]
-    if not pack.is_plain:
-        positions = torch.from_numpy(pack.positions).to(device)[None]
+    tokens_1T, positions_1T = (_on(device, x)[None] for x in (pack.tokens, pack.positions))
+    size = step if pack.is_plain else len(pack.tokens)
+    for start in range(0, len(pack.tokens), size):
+        end = min(start + size, len(pack.tokens))
         hidden_1TD = model.forward_hidden(
-            tokens_1T, positions=positions, cache=cache, visible=_visible(model, pack, device)
+            tokens_1T[:, start:end],
+            positions=positions_1T[:, start:end],
+            cache=cache,
+            visible=attention(model, pack, start, end, device),
         )
-        return hidden_1TD[0, torch.from_numpy(scored).to(device)]
-    parts = []
-    begin = 0
-    for part_1TD in feed(model, tokens_1T, cache):
-        end = begin + part_1TD.shape[1]
-        inside = scored[(scored >= begin) & (scored < end)] - begin
-        parts.append(part_1TD[0, torch.from_numpy(inside).to(device)])
-        begin = end
-    return torch.cat(parts)
+        inside = scored[(scored >= start) & (scored < end)] - start
+        yield hidden_1TD[0, _on(device, inside)]
 
 
-def _visible(model: Qwen2, pack: Pack, device: torch.device) -> dict[int | None, Attend]:
+def attention(
+    model: Qwen2, pack: Pack, start: int, end: int, device: torch.device
+) -> Mapping[int | None, Attend] | None:
+    """What tokens ``start`` to ``end`` of a pack see, for every window length in use.
+
+    Flash attention takes runs as ragged rows, each with the keys of its path. Elsewhere a mask
+    says it; a single run needs none (None).
+    """
+    windows = set(model.windows)
+    if device.type == "cuda" and model.model.embed_tokens.weight.dtype in _FLASH_DTYPES:
+        return {window: ragged(pack, start, end, window, device) for window in windows}
+    if pack.is_plain:
+        return None
     return {
-        window: Visibility(
-            torch.from_numpy(pack.visible(window)).to(device)[None, None], causal=False
-        )
-        for window in set(model.windows)
+        window: Visibility(_on(device, pack.visible(window))[None, None], causal=False)
+        for window in windows
     }
 
 
-def _look_up(
-    model: Qwen2,
-    hidden_ND: Tensor,
-    rows: NDArray[np.int64],
-    tokens: NDArray[np.int64],
-) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """For each of M (row of ``hidden_ND``, token): its log-probability, and whether it is the
-    row's argmax."""
-    logprobs = np.empty(len(rows))
-    best = np.empty(len(rows), dtype=np.bool_)
-    for start, logits_NV in logits_in_slices(model, hidden_ND):
-        inside = np.flatnonzero((rows >= start) & (rows < start + len(logits_NV)))
-        row = torch.from_numpy(rows[inside] - start).to(logits_NV.device)
-        token = torch.from_numpy(tokens[inside]).to(logits_NV.device)
-        logprob = logits_NV[row, token] - logits_NV.logsumexp(-1)[row]
-        logprobs[inside] = logprob.double().cpu().numpy()
-        best[inside] = (logits_NV.argmax(-1)[row] == token).cpu().numpy()
-    return logprobs, best
+def ragged(
+    pack: Pack, start: int, end: int, window: int | None, device: torch.device
+) -> VarlenAttend:
+    """Runs of a pack (or tokens ``start`` to ``end`` of a single one) as rows of their own."""
+    if pack.is_plain:
+        lengths = np.array([len(pack.kept) + end])
+        return VarlenAttend(
+            _on(device, np.array([0, end - start], dtype=np.int32)),
+            _on(device, np.array([0, lengths[0]], dtype=np.int32)),
+            None,
+            int(lengths.max()),
+            window,
+        )
+    lengths = np.array([len(path) for path in pack.paths])
+    return VarlenAttend(
+        _on(device, pack.starts.astype(np.int32)),
+        _on(device, np.cumsum([0, *lengths]).astype(np.int32)),
+        _on(device, np.concatenate(pack.paths)),
+        int(lengths.max()),
+        window,
+    )
+
+
+def _on(device: torch.device, array: NDArray[np.generic]) -> Tensor:
+    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -8,10 +8,17 @@ choices of a multiple-choice question with one-token answers) become one step.
 
 from __future__ import annotations
 
+import sys
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
 
 from qwen2kit.backend.protocol import ScoreRequest
+
+_TOKEN_BYTES = array("I").itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +56,33 @@ def plan_scores(requests: Sequence[ScoreRequest]) -> Iterator[ScoreStep]:
     Every position that must be scored is fed, even when an earlier step already computed it:
     logits are not kept.
     """
-    inputs = [r.context + r.continuation[:-1] for r in requests]
-    order = sorted(range(len(requests)), key=lambda i: (inputs[i], len(requests[i].context)))
-    previous: tuple[int, ...] = ()
-    start = 0
-    while start < len(order):
-        tokens = inputs[order[start]]
-        end = start
-        while end < len(order) and inputs[order[end]] == tokens:
-            end += 1
-        group = order[start:end]
-        first_scored = min(len(requests[i].context) - 1 for i in group)
-        keep = min(_common_prefix(previous, tokens), first_scored)
+    inputs = [_sortable(request) for request in requests]
+    order = sorted(range(len(inputs)), key=lambda i: (inputs[i], len(requests[i].context)))
+    previous = b""
+    for tokens, same in groupby(order, key=inputs.__getitem__):
+        group = list(same)
+        first = requests[group[0]]
+        keep = min(_common_prefix(previous, tokens), len(first.context) - 1)
         targets = tuple(
             Target(i, len(requests[i].context) - 1 - keep, requests[i].continuation) for i in group
         )
-        yield ScoreStep(keep, tokens[keep:], targets)
-        previous, start = tokens, end
+        yield ScoreStep(keep, (first.context + first.continuation[:-1])[keep:], targets)
+        previous = tokens
 
 
-def _common_prefix(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+def _sortable(request: ScoreRequest) -> bytes:
+    """The input tokens in four bytes each; bytes compare like the tokens, and much faster."""
+    ids = array("I", request.context)
+    ids.extend(request.continuation[:-1])
+    if sys.byteorder == "little":
+        ids.byteswap()
+    return ids.tobytes()
+
+
+def _common_prefix(a: bytes, b: bytes) -> int:
+    """How many tokens two inputs have in common at the beginning."""
     limit = min(len(a), len(b))
     if a[:limit] == b[:limit]:
-        return limit
-    low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+        return limit // _TOKEN_BYTES
+    x, y = (np.frombuffer(ids[:limit], dtype=np.uint32) for ids in (a, b))
+    return int((x != y).argmax())

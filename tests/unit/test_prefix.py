@@ -96,9 +96,13 @@ def test_packed_tokens_see_their_own_path_and_nothing_else(
         for row, place in enumerate(pack.positions.tolist()):
             path = sorted((slots[s][1], slots[s][0]) for s in np.flatnonzero(seen[row]))
             assert [position for position, _ in path] == list(range(place + 1))
-            last = np.flatnonzero(pack.runs == pack.runs[row])[-1]
+            last = pack.starts[np.searchsorted(pack.starts, row, side="right")] - 1
             whole = sorted((slots[s][1], slots[s][0]) for s in np.flatnonzero(seen[last]))
             assert whole[: place + 1] == path
+        for start, end, path in zip(pack.starts, pack.starts[1:], pack.paths, strict=False):
+            assert [slots[slot][1] for slot in path] == list(range(len(path)))
+            assert set(path) == set(np.flatnonzero(seen[end - 1]))
+            assert path[-(end - start) :].tolist() == [*range(len(trunk) + start, len(trunk) + end)]
         for target in pack.targets:
             request = requests[target.request]
             path = inputs_of(request)
@@ -113,6 +117,15 @@ def test_packed_tokens_see_their_own_path_and_nothing_else(
                 assert token == request.continuation[offset]
             scored.append(target.request)
     assert sorted(scored) == list(range(len(requests)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(request_lists, st.integers(1, 40))
+def test_paths_keep_within_their_bound(requests: list[ScoreRequest], keys: int) -> None:
+    packs = list(pack_steps(plan_scores(requests), 30, keys))
+    assert all(pack.is_plain or sum(map(len, pack.paths)) <= keys for pack in packs)
+    fed = sum(len(step.feed) for step in plan_scores(requests))
+    assert sum(len(pack.tokens) for pack in packs) == fed
 
 
 @settings(max_examples=200, deadline=None)
