@@ -38,7 +38,7 @@ class Ours:
 
     def stream(self, prompt: list[int], count: int) -> Iterator[int]:
         sampling = self.sampling(max_new_tokens=count)
-        for event in self.loaded.model.generate([prompt], sampling):
+        for event in self.loaded.generate([prompt], sampling):
             yield event.token
 
 

@@ -88,7 +88,7 @@ def continue_prompts(
     streams = [TextStream(loaded.tokenizer, how.stop) for _ in prompts]
     texts = ["" for _ in prompts]
     running = set(range(len(prompts)))
-    events = loaded.model.generate(prompts, how.sampling)
+    events = loaded.generate(prompts, how.sampling)
     try:
         for event in events:
             row = event.prompt

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from qwen2kit.adapters.merge import open_model
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport
+from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport, TokenEvent, TokenIds
 from qwen2kit.backend.registry import get
+from qwen2kit.engine.generate import generate
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.weights.checkpoint import Checkpoint
@@ -41,6 +43,10 @@ class LoadedModel:
         }
         values |= {key: value for key, value in overrides.items() if value is not None}
         return Sampling(**values)  # type: ignore[arg-type]
+
+    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
+        """Continue every prompt; see `qwen2kit.engine.generate.generate`."""
+        return generate(self.model, prompts, sampling)
 
 
 def load_model(

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, runtime_checkable
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.processes import Processes
 from qwen2kit.backend.slots import Slots
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import HostTensor
@@ -186,9 +185,15 @@ class Saved:
 
 @runtime_checkable
 class CompiledModel(Protocol):
-    """A spec made runnable on one device."""
+    """A spec made runnable on one device.
+
+    Attributes:
+        spec: the model.
+        limit: longest sequence in tokens, new ones included (`backend.limits.context_limit`).
+    """
 
     spec: ModelSpec
+    limit: int
 
     def load(self, weights: WeightSource) -> LoadReport:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""

@@ -44,10 +44,10 @@ class RecomputingSlots:
         rows = [np.empty((0, self._model.spec.vocab_size), dtype=np.float32)]
         for feed in feeds:
             held = self._held[feed.slot]
-            assert feed.tokens and feed.start <= len(held), "the slot does not hold that much"
+            assert feed.start <= len(held), "the slot does not hold that much"
             held[feed.start :] = feed.tokens
             assert len(held) <= self.capacity, "the slot is too small"
-            assert 0 <= feed.wanted <= len(feed.tokens)
+            assert 0 <= feed.wanted <= len(feed.tokens) > 0
             if feed.wanted:
                 rows.append(np.asarray(self._model.logits(held), np.float32)[-feed.wanted :])
         return HostLogits(np.concatenate(rows))

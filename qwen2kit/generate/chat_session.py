@@ -160,7 +160,7 @@ class _Run:
 
     def stream(self, sampling: Any) -> Iterator[str]:
         decoder = TextStream(self._loaded.tokenizer)
-        for event in self._loaded.model.generate([self._prompt], sampling):
+        for event in self._loaded.generate([self._prompt], sampling):
             self._last = perf_counter() - self._started
             self._first = self._first or self._last
             self._tokens += 1

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import CompiledModel, TokenIds
 from qwen2kit.backend.registry import available, get
+from qwen2kit.engine.generate import generate
 from qwen2kit.errors import BackendError, ConfigError, Qwen2KitError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.weights.checkpoint import Checkpoint
@@ -150,7 +151,7 @@ class _Compiled:
 
     def greedy(self, tokens: TokenIds, count: int, stop: Sequence[int]) -> list[int]:
         sampling = Sampling(max_new_tokens=count, stop_token_ids=tuple(stop))
-        return [event.token for event in self._model.generate([tokens], sampling)]
+        return [event.token for event in generate(self._model, [tokens], sampling)]
 
     def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32] | None:
         return self._model.hidden_states(tokens)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.data.embedded import Question
+from qwen2kit.engine.generate import generate
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.bpe import Tokenizer
 
@@ -70,7 +71,7 @@ def _answers(
     )
     tokens: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    for event in model.generate(prompts, sampling):
+    for event in generate(model, prompts, sampling):
         if event.finish_reason == "stop":
             ended[event.prompt] = True
         else:

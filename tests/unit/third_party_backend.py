@@ -21,12 +21,12 @@ from qwen2kit.backend.protocol import (
     LoadReport,
     Score,
     ScoreRequest,
-    TokenEvent,
     TokenIds,
 )
+from qwen2kit.backend.slots import Slots
+from qwen2kit.engine.recompute import RecomputingSlots
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.prefix import plan_scores
-from qwen2kit.generate.sampling import Sampler, Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.reference import ReferenceModel
 from qwen2kit.spec.schema import schema
@@ -40,6 +40,7 @@ class NumpyModel:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
+        self.limit = spec.max_position_embeddings
         self._reference = ReferenceModel(spec, MemorySource({}))
 
     def load(self, weights: WeightSource) -> LoadReport:
@@ -75,36 +76,11 @@ class NumpyModel:
                 greedy = bool((rows.argmax(axis=-1) == target.tokens).all())
                 yield target.request, Score(float(chosen.sum()), greedy)
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        for prompt in prompts:
-            self._check(prompt)
-        live = {
-            index: (list(prompt), Sampler(sampling, prompt, index))
-            for index, prompt in enumerate(prompts)
-        }
-        for count in range(1, sampling.max_new_tokens + 1):
-            for index, (ids, sampler) in list(live.items()):
-                token, logprob = sampler.draw(self.next_logits(ids))
-                ids.append(token)
-                event = self.event(index, token, logprob, count, sampling)
-                yield event
-                if event.finish_reason is not None:
-                    del live[index]
-
-    def next_logits(self, ids: TokenIds) -> NDArray[np.float32]:
-        return self.logits(ids)[-1]
-
-    def event(
-        self, prompt: int, token: int, logprob: float | None, count: int, sampling: Sampling
-    ) -> TokenEvent:
-        if token in sampling.stop_token_ids:
-            return TokenEvent(prompt, token, "stop", logprob)
-        return TokenEvent(
-            prompt, token, "length" if count == sampling.max_new_tokens else None, logprob
-        )
+    def slots(self, count: int, capacity: int) -> Slots:
+        return RecomputingSlots(self, count, capacity)
 
     def _check(self, tokens: TokenIds) -> None:
-        if not 0 < len(tokens) <= self.spec.max_position_embeddings:
+        if not 0 < len(tokens) <= self.limit:
             raise BackendError(f"cannot run {len(tokens)} tokens")
         if min(tokens) < 0 or max(tokens) >= self.spec.vocab_size:
             raise BackendError("a token id is outside the vocabulary")

@@ -18,6 +18,7 @@ from qwen2kit.backend.conformance.models import (
     tokens,
 )
 from qwen2kit.backend.protocol import Backend, CompiledModel, TokenEvent
+from qwen2kit.engine.generate import generate
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
@@ -34,7 +35,7 @@ def events(
 ) -> list[list[TokenEvent]]:
     """Generated events per prompt; fails if a prompt gets none or goes on after its last one."""
     found: list[list[TokenEvent]] = [[] for _ in prompts]
-    for event in model.generate(prompts, sampling):
+    for event in generate(model, prompts, sampling):
         require(0 <= event.prompt < len(prompts), f"event for prompt {event.prompt}")
         mine = found[event.prompt]
         ended = bool(mine) and mine[-1].finish_reason is not None
@@ -126,7 +127,7 @@ def _logprobs(backend: Backend) -> None:
 def _early_close(backend: Backend) -> None:
     model = loaded(backend, UNTIED)
     expected = _ids(events(model, _RAGGED[:1], _GREEDY)[0])
-    stream = model.generate(_RAGGED[:3], _GREEDY)
+    stream = generate(model, _RAGGED[:3], _GREEDY)
     next(stream)
     close = getattr(stream, "close", None)
     require(close is not None, "generate() gives an iterator without close()")
@@ -137,7 +138,7 @@ def _early_close(backend: Backend) -> None:
 
 def _interleaved(backend: Backend) -> None:
     model = loaded(backend, UNTIED)
-    first, second = (model.generate([prompt], _GREEDY) for prompt in (_RAGGED[0], _RAGGED[2]))
+    first, second = (generate(model, [prompt], _GREEDY) for prompt in (_RAGGED[0], _RAGGED[2]))
     found: tuple[list[int], list[int]] = ([], [])
     for one, two in zip(first, second, strict=True):
         found[0].append(one.token)
@@ -151,7 +152,7 @@ def _too_long(backend: Backend) -> None:
     model = loaded(backend, UNTIED)
     long = tokens(UNTIED.max_position_embeddings + 1)
     require_raises(
-        BackendError, lambda: list(model.generate([long], _GREEDY)), "prompt beyond the limit"
+        BackendError, lambda: list(generate(model, [long], _GREEDY)), "prompt beyond the limit"
     )
 
 
@@ -162,7 +163,7 @@ def _bad_prompts(backend: Backend) -> None:
         ("id beyond the vocabulary", (3, UNTIED.vocab_size)),
         ("negative id", (3, -1)),
     ):
-        require_raises(BackendError, lambda p=prompt: list(model.generate([p], _GREEDY)), what)  # type: ignore[misc]
+        require_raises(BackendError, lambda p=prompt: list(generate(model, [p], _GREEDY)), what)  # type: ignore[misc]
 
 
 _LONG_PROMPT = (tokens(70, seed=8),)

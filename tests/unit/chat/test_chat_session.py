@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +9,38 @@ import pytest
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import LoadReport, TokenEvent
+from qwen2kit.backend.protocol import LoadReport
 from qwen2kit.errors import ConfigError, TokenizerError
 from qwen2kit.generate.chat_session import ChatSession
-from qwen2kit.generate.sampling import Sampling
+from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.checkpoint import open_checkpoint
+from tests.scripted_model import ScriptedModel
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
-@dataclass
-class Scripted:
-    """A model that says the given ids, obeying stop ids and the token limit."""
+class Scripted(ScriptedModel):
+    """Says ``script`` to anything; Ctrl-C is pressed after ``interrupt_after`` tokens."""
 
-    script: list[int] = field(default_factory=list)
-    interrupt_after: int | None = None
-    prompts: list[list[int]] = field(default_factory=list)
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__(spec, self._answer)
+        self.script: list[int] = []
+        self.interrupt_after: int | None = None
+        self.prompts: list[list[int]] = []
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Iterator[TokenEvent]:
-        (prompt,) = prompts
+    def _answer(self, prompt: tuple[int, ...]) -> list[int]:
         self.prompts.append(list(prompt))
-        for count, token in enumerate(self.script, 1):
-            if self.interrupt_after == count - 1:
-                raise KeyboardInterrupt
-            if token in sampling.stop_token_ids:
-                yield TokenEvent(0, token, "stop")
-                return
-            if count == sampling.max_new_tokens:
-                yield TokenEvent(0, token, "length")
-                return
-            yield TokenEvent(0, token)
-        raise AssertionError("the script has no end")
+        return _Interrupted(self.script, self.interrupt_after)
+
+
+class _Interrupted(list[int]):
+    def __init__(self, ids: list[int], after: int | None) -> None:
+        super().__init__(ids)
+        self._after = after
+
+    def __getitem__(self, index: Any) -> Any:
+        if index == self._after:
+            raise KeyboardInterrupt
+        return super().__getitem__(index)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def loaded(model_dir: Path) -> LoadedModel:
         "checkpoint": checkpoint,
         "tokenizer": checkpoint.tokenizer(),
         "backend": None,
-        "model": Scripted(),
+        "model": Scripted(checkpoint.spec),
         "plan": ExecutionPlan(),
         "report": LoadReport(tensors=0, bytes=0, seconds=0.0),
     }

@@ -16,10 +16,11 @@ from qwen2kit.backend.protocol import (
     LoadReport,
     Score,
     ScoreRequest,
-    TokenEvent,
     TokenIds,
 )
-from qwen2kit.generate.sampling import Sampler, Sampling
+from qwen2kit.backend.slots import Feed, Slots
+from qwen2kit.engine.host_logits import HostLogits
+from qwen2kit.engine.recompute import RecomputingSlots
 from qwen2kit.spec.reference import ReferenceModel
 from qwen2kit.weights.checkpoint import open_checkpoint
 
@@ -30,6 +31,7 @@ class ReferenceCompiled:
     def __init__(self, path: Path) -> None:
         checkpoint = open_checkpoint(path)
         self.spec = checkpoint.spec
+        self.limit = checkpoint.spec.max_position_embeddings
         self._reference = ReferenceModel(checkpoint.spec, checkpoint.weights)
         self.steps = 0
         self.closed = 0
@@ -50,24 +52,21 @@ class ReferenceCompiled:
             total = float(logp[np.arange(len(ids)), ids].sum())
             yield index, Score(total, bool((logits.argmax(axis=-1) == ids).all()))
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        self.batches.append(len(prompts))
-        rows = [list(prompt) for prompt in prompts]
-        samplers = [Sampler(sampling, prompt, i) for i, prompt in enumerate(prompts)]
-        running = set(range(len(rows)))
-        try:
-            for step in range(sampling.max_new_tokens):
-                for row in sorted(running):
-                    self.steps += 1
-                    token, _ = samplers[row].draw(self.logits(rows[row])[-1].astype(np.float32))
-                    rows[row].append(token)
-                    stop = token in sampling.stop_token_ids
-                    last = stop or step == sampling.max_new_tokens - 1
-                    running -= {row} if last else set()
-                    reason = "stop" if stop else "length" if last else None
-                    yield TokenEvent(row, token, reason)
-        finally:
-            self.closed += 1
+    def slots(self, count: int, capacity: int) -> Slots:
+        self.batches.append(count)
+        return CountedSlots(self, count, capacity)
+
+
+class CountedSlots(RecomputingSlots):
+    """Tells its model what it does."""
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        self._model.steps += len(feeds)  # type: ignore[attr-defined]
+        return super().feed(feeds)
+
+    def close(self) -> None:
+        self._model.closed += 1  # type: ignore[attr-defined]
+        super().close()
 
 
 class ReferenceBackend:

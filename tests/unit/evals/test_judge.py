@@ -223,7 +223,7 @@ def test_a_model_answers_turn_after_turn(tiny: Path, tmp_path: Path) -> None:
         {"role": "user", "content": "why?"},
     ]
     prompt = loaded.tokenizer.render_chat(history, add_generation_prompt=True)
-    again = loaded.model.generate(
+    again = loaded.generate(
         [loaded.tokenizer.encode(prompt)], loaded.sampling(temperature=0.0, max_new_tokens=4)
     )
     expected = loaded.tokenizer.decode([event.token for event in again], skip_special=True)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from qwen2kit.backend.protocol import TokenEvent, TokenIds
 from qwen2kit.errors import ConfigError, DataError
-from qwen2kit.generate.sampling import Sampling
+from qwen2kit.spec.model import ModelSpec
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit_evals.heat_map import draw_heat_map, short
 from qwen2kit_evals.needle import (
@@ -27,32 +25,28 @@ from qwen2kit_evals.needle import (
     run_needles,
 )
 from qwen2kit_evals.request_log import RequestLog
+from tests.scripted_model import ScriptedModel
 from tests.unit.evals.reference_lm import load_reference
 
 ESSAY = "The cat sat on the mat. Did the dog run? It ran and ran!\n\nOne two three. " * 30
 
 
-@dataclass
-class Finder:
+class Finder(ScriptedModel):
     """A model that reads its prompt: it repeats the number if that is early enough."""
 
-    tokenizer: Tokenizer
-    reach: float
-    spec: Any
-    prompts: int = 0
+    def __init__(self, tokenizer: Tokenizer, reach: float, spec: ModelSpec) -> None:
+        super().__init__(spec, self._answer)
+        self.tokenizer, self.reach = tokenizer, reach
+        self.prompts = 0
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        for row, ids in enumerate(prompts):
-            self.prompts += 1
-            text = self.tokenizer.decode(list(ids))
-            found = re.search(r"secret number of \w+ is (\d+)", text)
-            assert found
-            depth = found.start() / len(text)
-            said = f" {found[1]}, I say." if depth <= self.reach else " 12."
-            answer = self.tokenizer.encode(said)
-            for position, token in enumerate(answer):
-                last = position == len(answer) - 1
-                yield TokenEvent(row, token, "length" if last else None)
+    def _answer(self, prompt: tuple[int, ...]) -> Sequence[int]:
+        self.prompts += 1
+        text = self.tokenizer.decode(list(prompt))
+        found = re.search(r"secret number of \w+ is (\d+)", text)
+        assert found
+        depth = found.start() / len(text)
+        said = f" {found[1]}, I say." if depth <= self.reach else " 12."
+        return [*self.tokenizer.encode(said), self.tokenizer.im_end_id]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def haystack(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
 
 def finder(tiny: Path, reach: float) -> Any:
     loaded = load_reference(tiny)
-    spec = SimpleNamespace(context_length=4096)
+    spec = replace(loaded.checkpoint.spec, max_position_embeddings=4096)
     return replace(loaded, model=Finder(loaded.tokenizer, reach, spec))
 
 

@@ -11,6 +11,7 @@ qwen2 = pytest.importorskip("mlx_lm.models.qwen2")
 import mlx.nn as nn  # noqa: E402
 from mlx_lm.generate import generate_step  # noqa: E402
 
+from qwen2kit.engine.generate import generate  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.hf import to_hf_config  # noqa: E402
 from qwen2kit.spec.model import ModelSpec  # noqa: E402
@@ -51,4 +52,4 @@ def test_logits_and_greedy_text_agree(name: str, bits: int | None, kernels: str)
         steps = generate_step(mx.array(TOKENS), theirs, stream=mx.default_stream(mx.cpu),
                               max_tokens=20)  # fmt: skip
         text = [token for token, _ in steps]
-    assert [e.token for e in ours.generate([TOKENS], Sampling(max_new_tokens=20))] == text
+    assert [e.token for e in generate(ours, [TOKENS], Sampling(max_new_tokens=20))] == text

@@ -11,6 +11,7 @@ mx = pytest.importorskip("mlx.core")
 
 from qwen2kit.backend.protocol import TokenEvent  # noqa: E402
 from qwen2kit.errors import BackendError  # noqa: E402
+from qwen2kit.engine.generate import generate  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.model import ModelSpec  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
@@ -39,7 +40,7 @@ def by_reference(spec: ModelSpec, prompt: list[int], count: int) -> list[int]:
 def test_ragged_batch_equals_the_reference(name: str, kernels: str) -> None:
     spec = SPECS[name]
     ours = model(spec, random_weights(spec), kernels)
-    events = list(ours.generate(PROMPTS, Sampling(max_new_tokens=9)))
+    events = list(generate(ours, PROMPTS, Sampling(max_new_tokens=9)))
     assert texts(events, 4) == [by_reference(spec, prompt, 9) for prompt in PROMPTS]
     last = {event.prompt: event.finish_reason for event in events}
     assert last == dict.fromkeys(range(4), "length")
@@ -53,24 +54,24 @@ def test_stopping_rows_leave_the_others_alone(kernels: str, temperature: float) 
     spec = SPECS["window"]
     ours = model(spec, random_weights(spec), kernels)
     free = Sampling(max_new_tokens=30, temperature=temperature, seed=3)
-    plain = texts(list(ours.generate(PROMPTS, free)), 4)
+    plain = texts(list(generate(ours, PROMPTS, free)), 4)
     stops = (plain[0][4], plain[1][11], plain[3][2])
     sampling = Sampling(max_new_tokens=30, temperature=temperature, seed=3, stop_token_ids=stops)
-    batch = texts(list(ours.generate(PROMPTS, sampling)), 4)
+    batch = texts(list(generate(ours, PROMPTS, sampling)), 4)
     for row, tokens in enumerate(batch):
         ends = [plain[row].index(s) for s in stops if s in plain[row]]
         assert tokens == plain[row][: min(ends, default=29) + 1]
     if temperature == 0:
-        single = [texts(list(ours.generate([p], sampling)), 1)[0] for p in PROMPTS]
+        single = [texts(list(generate(ours, [p], sampling)), 1)[0] for p in PROMPTS]
         assert single == batch
 
 
 def test_prefill_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS["window"]
     ours = model(spec, random_weights(spec))
-    expected = list(ours.generate(PROMPTS, Sampling(max_new_tokens=5)))
+    expected = list(generate(ours, PROMPTS, Sampling(max_new_tokens=5)))
     monkeypatch.setattr("qwen2kit_mlx.generate.PREFILL_TOKENS", 12)  # three tokens per row
-    assert list(ours.generate(PROMPTS, Sampling(max_new_tokens=5))) == expected
+    assert list(generate(ours, PROMPTS, Sampling(max_new_tokens=5))) == expected
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -79,7 +80,7 @@ def test_the_cache_grows(kernels: str) -> None:
     spec = small_spec(max_position_embeddings=600)
     ours = model(spec, random_weights(spec), kernels)
     prompt = RNG.integers(0, 199, 250).tolist()
-    (text,) = texts(list(ours.generate([prompt], Sampling(max_new_tokens=290))), 1)
+    (text,) = texts(list(generate(ours, [prompt], Sampling(max_new_tokens=290))), 1)
     logits = ours.logits([*prompt, *text[:-1]])[249:]
     chosen = logits[np.arange(290), text]
     assert (chosen >= logits.max(axis=-1) - 1e-4).all()
@@ -92,7 +93,7 @@ def test_sampling_depends_on_the_seed_only() -> None:
     def draw(seed: int) -> list[TokenEvent]:
         sampling = Sampling(max_new_tokens=12, temperature=0.9, top_k=50, top_p=0.95, seed=seed,
                             repetition_penalty=1.1, logprobs=True)  # fmt: skip
-        return list(ours.generate(PROMPTS, sampling))
+        return list(generate(ours, PROMPTS, sampling))
 
     first = draw(1)
     assert first == draw(1)
@@ -112,14 +113,14 @@ def test_padding_ids_are_never_produced(temperature: float) -> None:
     spec = SPECS["tied"]
     ours = model(spec, random_weights(spec))
     sampling = Sampling(max_new_tokens=20, temperature=temperature, vocab_limit=7)
-    assert all(event.token < 7 for event in ours.generate(PROMPTS, sampling))
+    assert all(event.token < 7 for event in generate(ours, PROMPTS, sampling))
 
 
 def test_generation_ends_at_the_last_position() -> None:
     spec = small_spec(max_position_embeddings=12)
     ours = model(spec, random_weights(spec))
-    events = list(ours.generate([[1] * 12, [1] * 9], Sampling(max_new_tokens=50)))
-    assert [len(text) for text in texts(events, 2)] == [1, 4]
+    events = list(generate(ours, [[1] * 12, [1] * 9], Sampling(max_new_tokens=50)))
+    assert [len(text) for text in texts(events, 2)] == [1, 3]
     assert all(e.finish_reason == "length" for e in events if e.finish_reason)
 
 
@@ -130,7 +131,7 @@ def test_generation_ends_at_the_last_position() -> None:
 def test_bad_prompts_are_refused_at_once(prompt: list[int], message: str) -> None:
     ours = model(SPECS["tied"], random_weights(SPECS["tied"]))
     with pytest.raises(BackendError, match=message):
-        ours.generate([[1], prompt], Sampling())
+        generate(ours, [[1], prompt], Sampling())
     with pytest.raises(BackendError, match=message):
         ours.logits(prompt)
 
@@ -139,7 +140,7 @@ def test_bad_prompts_are_refused_at_once(prompt: list[int], message: str) -> Non
 def test_closing_early_frees_the_cache(kernels: str) -> None:
     ours: MLXModel = model(SPECS["tied"], random_weights(SPECS["tied"]), kernels)
     before = mx.get_active_memory()
-    stream = ours.generate(PROMPTS * 8, Sampling(max_new_tokens=100))
+    stream = generate(ours, PROMPTS * 8, Sampling(max_new_tokens=100))
     next(stream)
     next(stream)
     during = mx.get_active_memory()
@@ -151,4 +152,4 @@ def test_closing_early_frees_the_cache(kernels: str) -> None:
 
 def test_no_prompts_give_no_events() -> None:
     ours = model(SPECS["tied"], random_weights(SPECS["tied"]))
-    assert list(ours.generate([], Sampling())) == []
+    assert list(generate(ours, [], Sampling())) == []

@@ -14,6 +14,7 @@ from qwen2kit.adapters.directory import open_adapter, write_adapter  # noqa: E40
 from qwen2kit.adapters.lora import Adapter  # noqa: E402
 from qwen2kit.adapters.merge import AdaptedSource  # noqa: E402
 from qwen2kit.backend.protocol import ScoreRequest  # noqa: E402
+from qwen2kit.engine.generate import generate  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.model import ModelSpec  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
@@ -73,7 +74,7 @@ def test_scores_and_text_are_those_of_the_merged_model(kernels: str) -> None:
         Sampling(max_new_tokens=20, temperature=0.8, seed=1),
     ):
         texts = [
-            [e.token for e in m.generate([TOKENS, TOKENS[:5]], sampling)] for m in (beside, whole)
+            [e.token for e in generate(m, [TOKENS, TOKENS[:5]], sampling)] for m in (beside, whole)
         ]
         assert texts[0] == texts[1]
 

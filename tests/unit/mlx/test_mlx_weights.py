@@ -9,6 +9,7 @@ mx = pytest.importorskip("mlx.core")
 
 from qwen2kit.backend.plan import ExecutionPlan  # noqa: E402
 from qwen2kit.errors import BackendError, WeightError  # noqa: E402
+from qwen2kit.engine.generate import generate  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
 from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD, schema  # noqa: E402
@@ -57,7 +58,7 @@ def test_packed_weights_compute_like_their_dense_values(bits: int, kernels: str)
     reference = ReferenceModel(spec, source)
     logits = reference.logits(TOKENS)
     assert np.abs(ours.logits(TOKENS) - logits).max() < 2e-5 * np.abs(logits).max()
-    events = list(ours.generate([TOKENS], Sampling(max_new_tokens=4)))
+    events = list(generate(ours, [TOKENS], Sampling(max_new_tokens=4)))
     tokens = list(TOKENS)
     for event in events:
         assert event.token == int(np.argmax(reference.logits(tokens)[-1]))
@@ -133,7 +134,7 @@ def test_nothing_runs_before_load() -> None:
     empty = MLXBackend().compile(SPECS["tied"], ExecutionPlan(device="cpu"))
     for use in (
         lambda: empty.logits([1]),
-        lambda: empty.generate([[1]], Sampling()),
+        lambda: empty.slots(1, 8),
         lambda: empty.score([]),
         lambda: list(empty.export()),
     ):
