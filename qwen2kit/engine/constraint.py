@@ -62,6 +62,10 @@ class GrammarConstraint:
         if not self._matcher.consume_token(token):
             raise ConfigError(f"token {token} does not fit the output grammar: {self._reason()}")
 
+    def forced(self) -> tuple[int, ...]:
+        """Ids that must come next whatever the model thinks; the masks allow nothing else."""
+        return tuple(self._matcher.compute_ff_tokens())
+
     def _reason(self) -> str:
         return _one_line(self._matcher.get_error())
 
