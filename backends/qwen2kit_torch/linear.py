@@ -69,16 +69,15 @@ class Linear(nn.Linear):
         return self.weight.detach() if self._packed is None else self._packed.to_dense()
 
 
-def joint(x: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
-    """The outputs of several layers on one input, as one matrix product.
+def joint(x: Tensor, *linears: nn.Linear) -> Tensor:
+    """The outputs of several layers on one input, side by side, as one matrix product.
 
     The weights are joined on the fly, which costs no more than their cast to the compute dtype
     once the caller is compiled.
     """
     weight = torch.cat([layer.weight for layer in linears])
     biases = [cast(Tensor, layer.bias) for layer in linears if layer.bias is not None]
-    out = F.linear(x, weight, torch.cat(biases) if biases else None)
-    return torch.split(out, [layer.out_features for layer in linears], dim=-1)
+    return F.linear(x, weight, torch.cat(biases) if biases else None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -135,19 +135,17 @@ def _per_token(workload: Workload, layer: int, recompute: Recompute) -> float:
         inputs = PROJECTIONS if width < 4 else inputs
         stream -= kept.stream * width if workload.plan.adapter is not None else 0
     hidden = spec.hidden_size * (stream + inputs * width)
-    attention = kept.attention * _attention(workload, recompute)
+    attention = kept.attention * _attention(workload)
     ffn = kept.ffn * ffn_width(spec, layer, degrees.tp) * width
     return hidden + attention + ffn + 8 * kept.norms + _adapters(workload, layer, recompute)
 
 
-def _attention(workload: Workload, recompute: Recompute) -> float:
+def _attention(workload: Workload) -> float:
     """Query, key, value, output and log-sum-exp of one token."""
     spec, degrees = workload.spec, workload.degrees
     query = spec.num_attention_heads * spec.head_dim / degrees.tp
     key_value = 2 * spec.num_key_value_heads * spec.head_dim / degrees.tp
     values = 2 * query + key_value * degrees.cp  # keys and values of the whole row
-    if workload.joint and recompute == "none":
-        values += query + key_value / 2  # the value is a part of the joint projection
     return values * workload.width + 4 * spec.num_attention_heads / degrees.tp
 
 
