@@ -10,16 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.backend.limits import check_scores, check_tokens
-from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenEvent, TokenIds
+from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenIds
 from qwen2kit.errors import BackendError
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import HostTensor
-from qwen2kit_mlx.generate import generate
+from qwen2kit_mlx.attention import Fresh
+from qwen2kit_mlx.device_logits import LOGIT_ROWS
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.model import Decoder
-from qwen2kit_mlx.score import LOGIT_ROWS, score
+from qwen2kit_mlx.score import score
+from qwen2kit_mlx.slots import MLXSlots
 from qwen2kit_mlx.weights import WeightLoader
 
 
@@ -32,13 +33,16 @@ class MLXModel:
         dtype: compute dtype.
         kernels: who computes products and attention.
         limit: positions a sequence may fill.
+
+    Attributes:
+        spec, limit: as given.
     """
 
     def __init__(
         self, spec: ModelSpec, device: mx.Device, dtype: mx.Dtype, kernels: Kernels, limit: int
     ) -> None:
         self.spec = spec
-        self._device, self._dtype, self._kernels, self._limit = device, dtype, kernels, limit
+        self._device, self._dtype, self._kernels, self.limit = device, dtype, kernels, limit
         self._loader: WeightLoader | None = None
         self._decoder: Decoder | None = None
 
@@ -64,10 +68,10 @@ class MLXModel:
     def logits(self, tokens: TokenIds) -> NDArray[np.float32]:
         """See `CompiledModel.logits`."""
         decoder = self._ready()
-        check_tokens(tokens, self.spec, self._limit, "sequence")
+        check_tokens(tokens, self.spec, self.limit, "sequence")
         out_TV = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
         with mx.stream(self._device):
-            x_TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None)[0]
+            x_TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)))[0]
             for start in range(0, len(tokens), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
                 out_TV[rows] = np.asarray(decoder.logits(x_TD[rows]).astype(mx.float32))
@@ -76,33 +80,34 @@ class MLXModel:
     def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:
         """See `CompiledModel.hidden_states`."""
         decoder = self._ready()
-        check_tokens(tokens, self.spec, self._limit, "sequence")
+        check_tokens(tokens, self.spec, self.limit, "sequence")
         trace: list[mx.array] = []
         with mx.stream(self._device):
-            x_1TD = decoder(mx.array([tuple(tokens)], dtype=mx.int32), None, trace)
+            x_1TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)), trace)
             states = mx.concatenate([*trace, decoder.final_norm(x_1TD)])
             return np.array(states.astype(mx.float32))
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:
         """See `CompiledModel.score`."""
         decoder = self._ready()
-        check_scores(requests, self.spec, self._limit)
+        check_scores(requests, self.spec, self.limit)
         return score(decoder, requests, self._device)
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        """See `CompiledModel.generate`; a row also ends, by length, at the model's last position.
-
-        Raises:
-            BackendError: a prompt is empty, too long, or holds an id outside the vocabulary.
-        """
+    def slots(self, count: int, capacity: int) -> MLXSlots:
+        """See `CompiledModel.slots`."""
         decoder = self._ready()
-        for index, prompt in enumerate(prompts):
-            check_tokens(prompt, self.spec, self._limit, f"prompt {index}")
-        if not prompts:
-            return iter(())
-        return generate(decoder, prompts, sampling, self._limit, self._device)
+        if count < 1 or not 1 <= capacity <= self.limit:
+            raise BackendError(
+                f"{count} slots of {capacity} tokens are impossible; a slot of this model holds "
+                f"1 to {self.limit} tokens"
+            )
+        return MLXSlots(decoder, count, capacity, self._device)
 
     def _ready(self) -> Decoder:
         if self._decoder is None:
             raise BackendError("the model has no weights yet; call load first")
         return self._decoder
+
+
+def _row(tokens: TokenIds) -> mx.array:
+    return mx.array([tuple(tokens)], dtype=mx.int32)

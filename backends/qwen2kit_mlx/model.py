@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from qwen2kit.spec.model import ModelSpec
+from qwen2kit_mlx.attention import Attend, Heads
 from qwen2kit_mlx.kernels import Kernels
-from qwen2kit_mlx.kv_cache import KVCache
 from qwen2kit_mlx.linear import Matrix, Single
-from qwen2kit_mlx.rotary import Rotary, Rotation
-from qwen2kit_mlx.visibility import View, view
+from qwen2kit_mlx.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,42 +47,39 @@ class Decoder:
         params: parameters in one compute dtype.
         kernels: who computes products and attention.
         dtype: the compute dtype.
+
+    Attributes:
+        heads: what attention needs to know of the model.
     """
 
     def __init__(
         self, spec: ModelSpec, params: ModelParams, kernels: Kernels, dtype: mx.Dtype
     ) -> None:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
-        self._rotary = Rotary(spec, dtype)
-        self._windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+        self.heads = Heads(spec, Rotary(spec, dtype), kernels)
 
     def __call__(
-        self, tokens_BT: mx.array, cache: KVCache | None, trace: list[mx.array] | None = None
+        self, tokens_BT: mx.array, attend: Attend, trace: list[mx.array] | None = None
     ) -> mx.array:
         """Residual stream ``[B, T, D]`` after the last layer, before the final norm.
 
         Args:
-            tokens_BT: int32 ids; they follow each row's cached positions.
-            cache: extended by T positions, or None to start at position 0 and keep nothing.
+            tokens_BT: int32 ids.
+            attend: where they stand, and what they see.
             trace: receives the embedding output and every layer's output.
         """
-        start, count = cache.start if cache else 0, tokens_BT.shape[1]
-        views = {window: view(start, count, window) for window in set(self._windows)}
-        rotation = self._rotary.at(start, count)
+        rows, count = tokens_BT.shape
         x_BTD = self.params.embed.embed(tokens_BT)
         if trace is not None:
             trace.append(x_BTD)
         for index, layer in enumerate(self.params.layers):
-            x_BTD = x_BTD + self._attention(
-                self._norm(x_BTD, layer.input_norm),
-                layer, index, rotation, views[self._windows[index]], cache,
-            )  # fmt: skip
+            stacked = layer.qkv(self._norm(x_BTD, layer.input_norm))
+            heads_BTGC = stacked.reshape(rows, count, -1, self.spec.head_dim)
+            x_BTD = x_BTD + layer.o(attend(index, heads_BTGC))
             stacked_BT2F = layer.gate_up(self._norm(x_BTD, layer.post_norm))
             x_BTD = x_BTD + layer.down(self.kernels.swiglu(*mx.split(stacked_BT2F, 2, axis=-1)))
             if trace is not None:
                 trace.append(x_BTD)
-        if cache is not None:
-            cache.advance(count)
         return x_BTD
 
     def final_norm(self, x: mx.array) -> mx.array:
@@ -96,29 +92,3 @@ class Decoder:
 
     def _norm(self, x: mx.array, weight: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, weight, self.spec.rms_norm_eps)
-
-    def _attention(
-        self,
-        x_BTD: mx.array,
-        layer: LayerParams,
-        index: int,
-        rotation: Rotation,
-        seen: View,
-        cache: KVCache | None,
-    ) -> mx.array:
-        spec = self.spec
-        rows, count, _ = x_BTD.shape
-        heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
-        stacked = layer.qkv(x_BTD).reshape(rows, count, heads + 2 * kv_heads, spec.head_dim)
-        stacked = stacked.transpose(0, 2, 1, 3)
-        rotated = rotation(stacked[:, : heads + kv_heads])
-        q_BHTC, k_BKTC = rotated[:, :heads], rotated[:, heads:]
-        v_BKTC = stacked[:, heads + kv_heads :]
-        if cache is not None:
-            k_BKTC, v_BKTC = cache.write(index, k_BKTC, v_BKTC)
-        if seen.first:
-            k_BKTC, v_BKTC = k_BKTC[:, :, seen.first :], v_BKTC[:, :, seen.first :]
-        out_BHTC = self.kernels.attention(
-            q_BHTC, k_BKTC, v_BKTC, self._rotary.score_scale, seen.mask
-        )
-        return layer.o(out_BHTC.transpose(0, 2, 1, 3).reshape(rows, count, -1))

@@ -10,16 +10,16 @@ product: it is applied as `score_scale` and never touches the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.rope import RoPETable, rope_table
 
 Rotation = Callable[[mx.array], mx.array]
-Start = int | list[int]
 
 
 class Rotary:
@@ -37,19 +37,24 @@ class Rotary:
         self._exact = dtype == mx.float32
         self._periods = mx.array([1.0 / w for w in table.inv_freq], dtype=mx.float32)
 
-    def at(self, start: Start, count: int) -> Rotation:
-        """The rotation of ``[B, heads, count, head_dim]`` whose positions begin at ``start``.
+    def at(self, starts: Sequence[int], count: int) -> Rotation:
+        """The rotation of ``[B, heads, count, head_dim]``.
 
         Args:
-            start: first position, one for all rows or one per row.
+            starts: first position of each row, or of all rows if there is one.
             count: consecutive positions.
         """
-        if not self._exact:
-            return self._fused(start)
-        first = np.atleast_1d(np.asarray(start, dtype=np.int64))
-        positions = first[:, None] + np.arange(count)
-        cos, sin = self._table.cos_sin(positions.reshape(-1))
-        shape = (len(first), 1, count, self._dims // 2)
+        if self._exact:
+            return self._by_table(np.array(starts)[:, None] + np.arange(count))
+        first = starts[0]
+        return self._fused(first if all(n == first for n in starts) else mx.array(list(starts)))
+
+    def _by_table(self, positions_BT: NDArray[np.int64]) -> Rotation:
+        if (positions_BT == positions_BT[0]).all():
+            positions_BT = positions_BT[:1]
+        rows, count = positions_BT.shape
+        cos, sin = self._table.cos_sin(positions_BT.reshape(-1))
+        shape = (rows, 1, count, self._dims // 2)
         cos_B1TC = mx.array(cos.astype(np.float32).reshape(shape))
         sin_B1TC = mx.array(sin.astype(np.float32).reshape(shape))
 
@@ -61,9 +66,7 @@ class Rotary:
 
         return rotate
 
-    def _fused(self, start: Start) -> Rotation:
-        offset = start if isinstance(start, int) else mx.array(start)
-
+    def _fused(self, offset: int | mx.array) -> Rotation:
         def rotate(x_BHTC: mx.array) -> mx.array:
             return mx.fast.rope(
                 x_BHTC,

@@ -13,25 +13,24 @@ from numpy.typing import NDArray
 
 from qwen2kit.backend.protocol import Score, ScoreRequest
 from qwen2kit.generate.prefix import ScoreStep, Target, plan_scores
-from qwen2kit_mlx.generate import PREFILL_TOKENS
-from qwen2kit_mlx.kv_cache import KVCache
+from qwen2kit_mlx.attention import Block
+from qwen2kit_mlx.device_logits import LOGIT_ROWS, log_sum_exp
 from qwen2kit_mlx.model import Decoder
-
-LOGIT_ROWS = 128  # positions whose vocabulary row exists at the same time
-SUM_BLOCK = 512  # terms added up in one go
+from qwen2kit_mlx.passes import PREFILL_TOKENS
+from qwen2kit_mlx.slot_store import Place, SlotStore
 
 
 def score(
     decoder: Decoder, requests: Sequence[ScoreRequest], device: mx.Device
 ) -> Iterator[tuple[int, Score]]:
     """Scores in the order of `plan_scores`; see `CompiledModel.score`."""
-    cache = KVCache(decoder.spec, 1, decoder.dtype)
+    store = SlotStore(decoder.spec, 1, decoder.dtype)
     try:
         for step in plan_scores(requests):
             rows = [t.first - step.first_scored + i for t in step.targets for i in _each(t)]
             tokens = [token for target in step.targets for token in target.tokens]
             with mx.stream(device):
-                hidden_ND = _feed(decoder, cache, step)
+                hidden_ND = _feed(decoder, store, step)
                 logprobs, best = _look_up(decoder, hidden_ND, np.array(rows), np.array(tokens))
             start = 0
             for target in step.targets:
@@ -39,7 +38,7 @@ def score(
                 yield target.request, Score(float(logprobs[own].sum()), bool(best[own].all()))
                 start = own.stop
     finally:
-        cache.drop()
+        store.drop()
         mx.clear_cache()
 
 
@@ -47,16 +46,17 @@ def _each(target: Target) -> range:
     return range(len(target.tokens))
 
 
-def _feed(decoder: Decoder, cache: KVCache, step: ScoreStep) -> mx.array:
+def _feed(decoder: Decoder, store: SlotStore, step: ScoreStep) -> mx.array:
     """Run the step's tokens; residual stream ``[N, D]`` of the positions to be scored."""
-    cache.truncate(step.keep)
     scored: list[mx.array] = []
     for start in range(0, len(step.feed), PREFILL_TOKENS):
         tokens = step.feed[start : start + PREFILL_TOKENS]
-        hidden_TD = decoder(mx.array([tokens], dtype=mx.int32), cache)[0]
+        place = Place.at(0, [step.keep + start], len(tokens))
+        attend = Block(decoder.heads, store, place)
+        hidden_TD = decoder(mx.array([tokens], dtype=mx.int32), attend)[0]
         if start + len(tokens) > step.first_scored:
             scored.append(hidden_TD[max(0, step.first_scored - start) :])
-        mx.eval(cache.arrays(), scored)
+        mx.eval(store.arrays(), scored)
     return scored[0] if len(scored) == 1 else mx.concatenate(scored)
 
 
@@ -72,16 +72,7 @@ def _look_up(
             continue
         logits_NV = decoder.logits(hidden_ND[start : start + LOGIT_ROWS]).astype(mx.float32)
         row, token = mx.array(rows[inside] - start), mx.array(tokens[inside])
-        logprob = logits_NV[row, token] - _logsumexp(logits_NV)[row]
+        logprob = logits_NV[row, token] - log_sum_exp(logits_NV)[row]
         logprobs[inside] = np.asarray(logprob)
         best[inside] = np.asarray(mx.argmax(logits_NV, axis=-1)[row] == token)
     return logprobs, best
-
-
-def _logsumexp(logits_NV: mx.array) -> mx.array:
-    """``[N]``, summed in two levels: one float32 sum over 150 thousand terms on the CPU is off by
-    up to 7e-4 nats a token, which adds up over a continuation."""
-    count, vocab = logits_NV.shape
-    padded = mx.pad(logits_NV, [(0, 0), (0, -vocab % SUM_BLOCK)], constant_values=-mx.inf)
-    blocks = mx.logsumexp(padded.reshape(count, -1, SUM_BLOCK), axis=-1)
-    return mx.logsumexp(blocks, axis=-1)

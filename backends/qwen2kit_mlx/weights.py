@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import mlx.core as mx
-import numpy as np
 
 from qwen2kit.adapters.lora import LowRank
 from qwen2kit.adapters.merge import AdaptedSource
@@ -19,7 +18,8 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import EMBED_TOKENS, FINAL_NORM, LM_HEAD, Param, schema
 from qwen2kit.weights.match import check_fits
 from qwen2kit.weights.source import AffineTensor, WeightSource
-from qwen2kit.weights.tensor import HostTensor, from_bits, from_numpy
+from qwen2kit.weights.tensor import HostTensor
+from qwen2kit_mlx.host_tensor import to_device, to_host
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.linear import Affine, Dense, Matrix, Single, Stacked
 from qwen2kit_mlx.lora import adapt
@@ -156,15 +156,7 @@ class WeightLoader:
 
     def _raw(self, tensor: HostTensor) -> mx.array:
         self.bytes += tensor.nbytes
-        array = mx.array(tensor.raw())
-        return array.view(mx.bfloat16) if tensor.dtype == "bfloat16" else array
-
-
-def to_host(array: mx.array) -> HostTensor:
-    """Copy an MLX float array to host memory, keeping its dtype."""
-    if array.dtype == mx.bfloat16:
-        return from_bits(np.array(array.view(mx.uint16)))
-    return from_numpy(np.array(array))
+        return to_device(tensor)
 
 
 def _stacked(parts: list[Single], sizes: list[int]) -> Matrix:

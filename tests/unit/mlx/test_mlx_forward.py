@@ -56,7 +56,7 @@ def test_rotation_is_exact_far_out(start: int, scaling: object) -> None:
     a, b = x[..., :32].astype(np.float64), x[..., 32:].astype(np.float64)
     expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1) / factor
     rotary = Rotary(spec, mx.float32)
-    assert np.abs(np.array(rotary.at(start, 4)(mx.array(x))) - expected).max() < 1e-6
+    assert np.abs(np.array(rotary.at([start], 4)(mx.array(x))) - expected).max() < 1e-6
     assert rotary.score_scale == pytest.approx(factor**2 / 8)
 
 

@@ -10,8 +10,8 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from qwen2kit.backend.protocol import TokenEvent  # noqa: E402
-from qwen2kit.errors import BackendError  # noqa: E402
 from qwen2kit.engine.generate import generate  # noqa: E402
+from qwen2kit.errors import BackendError  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.model import ModelSpec  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
@@ -70,7 +70,8 @@ def test_prefill_chunks_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPECS["window"]
     ours = model(spec, random_weights(spec))
     expected = list(generate(ours, PROMPTS, Sampling(max_new_tokens=5)))
-    monkeypatch.setattr("qwen2kit_mlx.generate.PREFILL_TOKENS", 12)  # three tokens per row
+    monkeypatch.setattr("qwen2kit_mlx.passes.PREFILL_TOKENS", 3)
+    monkeypatch.setattr("qwen2kit_mlx.passes.SHORT", 2)
     assert list(generate(ours, PROMPTS, Sampling(max_new_tokens=5))) == expected
 
 

@@ -8,8 +8,8 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 
 from qwen2kit.backend.plan import ExecutionPlan  # noqa: E402
-from qwen2kit.errors import BackendError, WeightError  # noqa: E402
 from qwen2kit.engine.generate import generate  # noqa: E402
+from qwen2kit.errors import BackendError, WeightError  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
 from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD, schema  # noqa: E402

@@ -7,7 +7,7 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
-from qwen2kit_mlx.score import _logsumexp  # noqa: E402
+from qwen2kit_mlx.device_logits import log_sum_exp  # noqa: E402
 
 
 @pytest.mark.parametrize("vocab", [151_936, 5_001, 7])
@@ -16,4 +16,4 @@ def test_normaliser_equals_float64(vocab: int) -> None:
     wide = logits.astype(np.float64)
     peak = wide.max(axis=-1)
     expected = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=-1))
-    np.testing.assert_allclose(_logsumexp(mx.array(logits)), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(log_sum_exp(mx.array(logits)), expected, rtol=0, atol=1e-5)

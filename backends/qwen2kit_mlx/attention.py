@@ -1,0 +1,131 @@
+"""How the tokens of one forward pass see each other and what came before.
+
+The decoder hands over the stacked queries, keys and values of a layer and gets attention's
+output; positions, caches and masks are decided here.
+
+Shape suffixes: B rows, T tokens, G stacked heads (H query heads, then K key heads, then K value
+heads), C head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import mlx.core as mx
+
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.rotary import Rotary
+from qwen2kit_mlx.slot_store import Place, SlotStore
+from qwen2kit_mlx.visibility import View, ragged_view, view
+
+
+class Attend(Protocol):
+    """Attention of one forward pass."""
+
+    def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
+        """``[B, T, H * C]`` from a layer's queries, keys and values before rotation."""
+        ...
+
+
+class Heads:
+    """What attention needs to know of a model.
+
+    Args:
+        spec: the model.
+        rotary: its rotations.
+        kernels: who computes.
+    """
+
+    def __init__(self, spec: ModelSpec, rotary: Rotary, kernels: Kernels) -> None:
+        self.rotary, self.kernels = rotary, kernels
+        self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
+        self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+
+    def attention(
+        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, seen: View
+    ) -> mx.array:
+        """``[B, T, H * C]``."""
+        if seen.first:
+            k_BKSC, v_BKSC = k_BKSC[:, :, seen.first :], v_BKSC[:, :, seen.first :]
+        out_BHTC = self.kernels.attention(
+            q_BHTC, k_BKSC, v_BKSC, self.rotary.score_scale, seen.mask
+        )
+        rows, _, count, _ = out_BHTC.shape
+        return out_BHTC.transpose(0, 2, 1, 3).reshape(rows, count, -1)
+
+
+class Fresh:
+    """Whole sequences from position 0 on; nothing is kept."""
+
+    def __init__(self, heads: Heads, count: int) -> None:
+        self._heads = heads
+        self._rotation = heads.rotary.at([0], count)
+        self._views = {window: view(0, count, window) for window in set(heads.windows)}
+
+    def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
+        """See `Attend`."""
+        heads, stacked = self._heads, stacked_BTGC.transpose(0, 2, 1, 3)
+        rotated = self._rotation(stacked[:, : heads.query + heads.kv])
+        return heads.attention(
+            rotated[:, : heads.query],
+            rotated[:, heads.query :],
+            stacked[:, heads.query + heads.kv :],
+            self._views[heads.windows[layer]],
+        )
+
+
+class Block:
+    """Consecutive rows of a store, extended by equally many tokens each.
+
+    Args:
+        heads: the model's.
+        store: keys and values; grown to hold the place.
+        place: which rows and positions.
+    """
+
+    def __init__(self, heads: Heads, store: SlotStore, place: Place) -> None:
+        self._heads, self._store, self._place = heads, store, place
+        store.reserve(place.end)
+        self._rotation = heads.rotary.at(place.starts, place.count)
+        self._views = {window: self._view(window) for window in set(heads.windows)}
+
+    def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
+        """See `Attend`."""
+        heads, stacked = self._heads, stacked_BTGC.transpose(0, 2, 1, 3)
+        rotated = self._rotation(stacked[:, : heads.query + heads.kv])
+        keys, values = self._store.write(
+            layer, self._place, rotated[:, heads.query :], stacked[:, heads.query + heads.kv :]
+        )
+        return heads.attention(
+            rotated[:, : heads.query], keys, values, self._views[heads.windows[layer]]
+        )
+
+    def _view(self, window: int | None) -> View:
+        place = self._place
+        if place.index is None:
+            return view(place.starts[0], place.count, window)
+        return ragged_view(place.index[1], place.end, window)
+
+
+class Segments:
+    """Pieces of one row of tokens, each with an attention of its own: everything else in the
+    model runs over all of them together.
+
+    Args:
+        parts: (rows, tokens per row, their attention), in order.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, Attend]]) -> None:
+        self._parts = tuple(parts)
+
+    def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
+        """See `Attend`; one row in, one row out."""
+        outputs, start = [], 0
+        for rows, count, attend in self._parts:
+            end = start + rows * count
+            piece = stacked_BTGC[:, start:end].reshape(rows, count, *stacked_BTGC.shape[2:])
+            outputs.append(attend(layer, piece).reshape(1, rows * count, -1))
+            start = end
+        return mx.concatenate(outputs, axis=1)

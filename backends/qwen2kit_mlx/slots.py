@@ -1,0 +1,172 @@
+"""Key/value slots on an MLX device, and forward passes over them.
+
+Shape suffixes: B rows, T tokens per row, X tokens of a pass, N wanted positions, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from qwen2kit.backend.slots import Feed
+from qwen2kit.errors import WeightError
+from qwen2kit.weights.tensor import HostTensor
+from qwen2kit_mlx.attention import Attend, Block, Segments
+from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
+from qwen2kit_mlx.host_tensor import to_device, to_host
+from qwen2kit_mlx.model import Decoder
+from qwen2kit_mlx.passes import Piece, passes
+from qwen2kit_mlx.slot_store import Place, SlotStore
+
+CLEAR_EVERY = 256  # greedy steps between returns of unused device buffers
+
+
+class MLXSlots:
+    """See `qwen2kit.backend.slots.PersistentSlots`.
+
+    Slots are rows of one store. Which row a slot has may change: rows that decode together are
+    made neighbours, so that a pass reads them in place.
+    """
+
+    def __init__(self, decoder: Decoder, count: int, capacity: int, device: mx.Device) -> None:
+        self.count, self.capacity = count, capacity
+        self._decoder, self._device = decoder, device
+        with mx.stream(device):
+            self._store = SlotStore(decoder.spec, count, decoder.dtype)
+        self._row = list(range(count))
+
+    def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
+        """See `Slots.feed`."""
+        with mx.stream(self._device):
+            parts: list[mx.array] = []
+            owners: list[int] = []
+            for pieces in passes(feeds):
+                hidden_XD, found = self._run(pieces)
+                places = [place for own in found for place in own[1]]
+                owners += [own[0] for own in found for _ in own[1]]
+                if places != list(range(len(hidden_XD))):
+                    hidden_XD = hidden_XD[mx.array(places, dtype=mx.int32)]
+                parts.append(hidden_XD)
+            hidden_ND = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            order = np.argsort(owners, kind="stable")
+            if not np.array_equal(order, np.arange(len(order))):
+                hidden_ND = hidden_ND[mx.array(order)]
+            if not owners:
+                mx.eval(self._store.arrays())
+            return DeviceLogits(self._decoder, hidden_ND, self._device)
+
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        """See `Slots.run_greedy`; one step runs ahead where the device computes on its own."""
+        with mx.stream(self._device):
+            order = self._arrange([feed.slot for feed in feeds])
+            tokens_B = mx.array([feeds[i].tokens[0] for i in order], dtype=mx.int32)
+        first = self._row[feeds[order[0]].slot]
+        starts = [feeds[i].start for i in order]
+        back = np.argsort(order)
+        steps = self.capacity - max(starts)
+        ahead = 1 if self._decoder.kernels.lazy else 0
+        running: list[mx.array] = []
+        for step in range(steps + ahead):
+            with mx.stream(self._device):
+                if step < steps:
+                    place = Place.at(first, [start + step for start in starts], 1)
+                    tokens_B = self._greedy_step(place, tokens_B, limit)
+                    running.append(tokens_B)
+                if step < ahead:
+                    continue
+                ids = np.asarray(running.pop(0))[back].tolist()
+                if step % CLEAR_EVERY == CLEAR_EVERY - 1:
+                    mx.clear_cache()
+            yield checked_ids(ids)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """See `Slots.copy`."""
+        with mx.stream(self._device):
+            self._store.copy(self._row[source], self._row[target], length)
+
+    def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
+        """See `PersistentSlots.export`."""
+        for layer in range(self._decoder.spec.num_hidden_layers):
+            with mx.stream(self._device):
+                pair = self._store.columns(layer, self._row[slot], length)
+                keys, values = (to_host(mx.contiguous(array)) for array in pair)
+            yield f"layers.{layer}.keys", keys
+            yield f"layers.{layer}.values", values
+
+    def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
+        """See `PersistentSlots.restore`."""
+        given = dict(tensors)
+        spec = self._decoder.spec
+        names = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(spec.num_hidden_layers)]
+        if set(given) != {name for pair in names for name in pair}:
+            raise WeightError(f"the stored cache is not one of {len(names)} layers")
+        length = given[names[0][0]].shape[1]
+        expected = (spec.num_key_value_heads, length, spec.head_dim)
+        for name, tensor in given.items():
+            if tensor.shape != expected or not 1 <= length <= self.capacity:
+                raise WeightError(
+                    f"{name} of the stored cache is {list(tensor.shape)}; slots here hold "
+                    f"{expected[0]} heads of {self.capacity} tokens of width {expected[2]}"
+                )
+        with mx.stream(self._device):
+            self._store.reserve(length)
+            for layer, (keys, values) in enumerate(names):
+                pair = to_device(given[keys]), to_device(given[values])
+                self._store.fill(layer, self._row[slot], *pair)
+            mx.eval(self._store.arrays())
+
+    def close(self) -> None:
+        """See `Slots.close`."""
+        self._store.drop()
+        mx.clear_cache()
+
+    def _arrange(self, slots: Sequence[int]) -> list[int]:
+        """Indices of ``slots`` by row; their rows are neighbours afterwards."""
+        rows = sorted(self._row[slot] for slot in slots)
+        if rows[-1] - rows[0] >= len(rows):
+            others = [row for row in range(self.count) if row not in rows]
+            order = [*rows, *others]
+            self._store.permute(order)
+            place = {row: new for new, row in enumerate(order)}
+            self._row = [place[row] for row in self._row]
+        return sorted(range(len(slots)), key=lambda i: self._row[slots[i]])
+
+    def _greedy_step(self, place: Place, tokens_B: mx.array, limit: int | None) -> mx.array:
+        hidden_B1D = self._decoder(tokens_B[:, None], self._block(place))
+        ids_B = best_ids(self._decoder.logits(hidden_B1D[:, 0]), limit)
+        mx.async_eval(ids_B)  # type: ignore[no-untyped-call]
+        return ids_B
+
+    def _run(self, pieces: Sequence[Piece]) -> tuple[mx.array, list[tuple[int, range]]]:
+        """One pass: its residual stream ``[X, D]``; where each feed's wanted positions are."""
+        short = [piece for piece in pieces if piece.short]
+        short = [short[i] for i in self._arrange([p.slot for p in short])] if short else []
+        parts: list[tuple[int, int, Attend]] = []
+        tokens: list[int] = []
+        found: list[tuple[int, range]] = []
+        if short:
+            count = max(len(piece.tokens) for piece in short)
+            first = self._row[short[0].slot]
+            place = Place.at(first, [piece.start for piece in short], count)
+            parts.append((len(short), count, self._block(place)))
+        for piece in (*short, *(piece for piece in pieces if not piece.short)):
+            end = len(tokens) + len(piece.tokens)
+            found.append((piece.feed, range(end - piece.wanted, end)))
+            tokens += piece.tokens
+            if piece.short:
+                tokens += [0] * (count - len(piece.tokens))
+            else:
+                place = Place.at(self._row[piece.slot], [piece.start], len(piece.tokens))
+                parts.append((1, len(piece.tokens), self._block(place)))
+        if len(parts) == 1:
+            rows, count, attend = parts[0]
+        else:
+            rows, count, attend = 1, len(tokens), Segments(parts)
+        tokens_BT = mx.array(tokens, dtype=mx.int32).reshape(rows, count)
+        hidden_XD = self._decoder(tokens_BT, attend).reshape(len(tokens), -1)
+        return hidden_XD, found
+
+    def _block(self, place: Place) -> Block:
+        return Block(self._decoder.heads, self._store, place)
