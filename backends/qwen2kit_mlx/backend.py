@@ -9,6 +9,7 @@ from importlib.metadata import version
 import mlx.core as mx
 
 from qwen2kit.backend.limits import context_limit
+from qwen2kit.backend.meter import DeviceMeter
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
 from qwen2kit.errors import BackendError
@@ -60,10 +61,22 @@ class MLXBackend:
         # MLX's CUDA build rounds float32 products to TF32 unless told otherwise; float32 here means
         # float32, or no comparison between backends would.
         os.environ.setdefault("MLX_ENABLE_TF32", "0")
+        device, name = self._placement(plan)
+        kernels = _kernels(device.type == mx.cpu)
+        return MLXModel(spec, device, DTYPES[name], kernels, context_limit(spec, plan))
+
+    def meter(self, plan: ExecutionPlan) -> DeviceMeter:
+        """Measures the device that ``plan`` names; see `MeteredBackend`."""
+        from qwen2kit_mlx.meter import MLXMeter
+
+        device, name = self._placement(plan)
+        return MLXMeter(device, DTYPES[name], name, _kernels(device.type == mx.cpu))
+
+    def _placement(self, plan: ExecutionPlan) -> tuple[mx.Device, str]:
+        """Device and compute dtype of a plan."""
         device = self._device(plan.device)
-        on_cpu = device.type == mx.cpu
-        name = plan.dtype if plan.dtype != "auto" else "float32" if on_cpu else "bfloat16"
-        return MLXModel(spec, device, DTYPES[name], _kernels(on_cpu), context_limit(spec, plan))
+        default = "float32" if device.type == mx.cpu else "bfloat16"
+        return device, default if plan.dtype == "auto" else plan.dtype
 
     def _device(self, name: str) -> mx.Device:
         usable = [device.name for device in self.devices()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from qwen2kit.backend.meter import DeviceMeter
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.processes import Processes
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, CompiledModel, Device
@@ -47,6 +48,12 @@ class TorchBackend:
         from qwen2kit_torch.train.model import TorchTrainableModel
 
         return TorchTrainableModel(spec, plan)
+
+    def meter(self, plan: ExecutionPlan) -> DeviceMeter:
+        """Measures the device that ``plan`` names; see `MeteredBackend`."""
+        from qwen2kit_torch.meter import TorchMeter
+
+        return TorchMeter(plan)
 
     def processes(self, plan: ExecutionPlan) -> Processes:
         """Join the other processes that ``torchrun`` started."""

@@ -1,0 +1,64 @@
+"""Measured bandwidth and matrix rate of an MLX device."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+import mlx.core as mx
+
+from qwen2kit.backend.meter import process_peak
+from qwen2kit_mlx.kernels import Kernels
+
+_REPEATS: Final = 8
+
+
+class MLXMeter:
+    """Implements `qwen2kit.backend.meter.DeviceMeter`.
+
+    Args:
+        device: measured.
+        dtype: compute dtype.
+        name: its name.
+        kernels: compute the models' products on this device.
+    """
+
+    def __init__(self, device: mx.Device, dtype: mx.Dtype, name: str, kernels: Kernels) -> None:
+        self.dtype = name
+        self._device, self._dtype, self._kernels = device, dtype, kernels
+        self._on_cpu = device.type == mx.cpu
+
+    def copy_bandwidth(self) -> float:
+        """See `DeviceMeter.copy_bandwidth`."""
+        size = 1 << (25 if self._on_cpu else 28)
+        with mx.stream(self._device):
+            source = mx.ones(size, dtype=mx.float32)
+            return 8 * size / self._seconds(lambda: source + 1)
+
+    def matmul_rate(self) -> float:
+        """See `DeviceMeter.matmul_rate`."""
+        size = 1024 if self._on_cpu else 8192
+        with mx.stream(self._device):
+            left = mx.random.normal((size, size)).astype(self._dtype)
+            right = mx.random.normal((size, size)).astype(self._dtype)
+            return 2 * size**3 / self._seconds(lambda: self._kernels.linear(left, right, None))
+
+    def reset_peak(self) -> None:
+        """See `DeviceMeter.reset_peak`."""
+        mx.reset_peak_memory()
+
+    def peak_memory(self) -> int | None:
+        """See `DeviceMeter.peak_memory`."""
+        return process_peak() if self._on_cpu else mx.get_peak_memory()
+
+    def _seconds(self, work: Callable[[], mx.array]) -> float:
+        """Time of one repetition, the best of three rounds."""
+        mx.eval(work())
+        rounds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            for _ in range(_REPEATS):
+                mx.eval(work())
+            rounds.append((time.perf_counter() - started) / _REPEATS)
+        return min(rounds)
