@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 import mlx.core as mx
+import numpy as np
 
 from qwen2kit.backend.meter import process_peak
 from qwen2kit_mlx.kernels import Kernels
@@ -30,19 +31,22 @@ class MLXMeter:
         self._on_cpu = device.type == mx.cpu
 
     def copy_bandwidth(self) -> float:
-        """See `DeviceMeter.copy_bandwidth`."""
-        size = 1 << (25 if self._on_cpu else 28)
+        """See `DeviceMeter.copy_bandwidth`; on a CPU NumPy copies, as its products do."""
+        if self._on_cpu:
+            source, target = np.ones((2, 1 << 27), dtype=np.uint8)
+            return 2 * source.nbytes / _seconds(lambda: np.copyto(target, source))
         with mx.stream(self._device):
-            source = mx.ones(size, dtype=mx.float32)
-            return 8 * size / self._seconds(lambda: source + 1)
+            ones = mx.ones(1 << 28, dtype=mx.float32)
+            return 2 * ones.nbytes / _seconds(lambda: mx.eval(ones + 1))
 
     def matmul_rate(self) -> float:
         """See `DeviceMeter.matmul_rate`."""
+        linear = self._kernels.linear
         size = 1024 if self._on_cpu else 8192
         with mx.stream(self._device):
             left = mx.random.normal((size, size)).astype(self._dtype)
             right = mx.random.normal((size, size)).astype(self._dtype)
-            return 2 * size**3 / self._seconds(lambda: self._kernels.linear(left, right, None))
+            return 2 * size**3 / _seconds(lambda: mx.eval(linear(left, right, None)))
 
     def reset_peak(self) -> None:
         """See `DeviceMeter.reset_peak`."""
@@ -52,13 +56,14 @@ class MLXMeter:
         """See `DeviceMeter.peak_memory`."""
         return process_peak() if self._on_cpu else mx.get_peak_memory()
 
-    def _seconds(self, work: Callable[[], mx.array]) -> float:
-        """Time of one repetition, the best of three rounds."""
-        mx.eval(work())
-        rounds = []
-        for _ in range(3):
-            started = time.perf_counter()
-            for _ in range(_REPEATS):
-                mx.eval(work())
-            rounds.append((time.perf_counter() - started) / _REPEATS)
-        return min(rounds)
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Time of one repetition, the best of three rounds."""
+    work()
+    rounds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for _ in range(_REPEATS):
+            work()
+        rounds.append((time.perf_counter() - started) / _REPEATS)
+    return min(rounds)
