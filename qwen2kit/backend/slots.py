@@ -64,7 +64,8 @@ class Shortlist:
     Attributes:
         ids: int64 ``[N, k]``, by falling score; ids that are out may fill the end (score -inf).
         scores: float32 ``[N, k]``, edited logits.
-        total: float64 ``[N]``, log-sum-exp of ``edited logits / temperature`` over the whole row.
+        total: float64 ``[N]``, log-sum-exp of ``edited logits / temperature`` over the whole row,
+            within 1e-4; so a device adds the row's maximum on in float64.
         raw: float32 ``[N, k]``, logits of ``ids`` before the edit.
         raw_total: float64 ``[N]``, log-sum-exp of the logits below ``limit`` before the edit.
     """

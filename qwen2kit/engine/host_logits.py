@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from qwen2kit.backend.slots import Edit, Shortlist
-from qwen2kit.errors import BackendError
 from qwen2kit.generate.edit import apply_edit
+from qwen2kit.generate.inverse_cdf import check_finite, log_sum_exp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,28 +55,6 @@ class HostLogits:
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """A copy of the named rows."""
         return self._rows[list(rows)]
-
-
-def check_finite(best: NDArray[np.float32] | np.float32) -> None:
-    """Refuse rows whose largest logits are ``best``: NaN, or nothing finite to choose from.
-
-    Raises:
-        BackendError: one of them is not finite.
-    """
-    import numpy as np
-
-    if not np.isfinite(best).all():
-        raise BackendError(
-            "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
-        )
-
-
-def log_sum_exp(values: NDArray[np.float64]) -> float:
-    """Natural log of the sum of exponentials, in float64."""
-    import numpy as np
-
-    peak = values.max()
-    return float(peak + np.log(np.exp(values - peak).sum()))
 
 
 def _largest(scores: NDArray[np.float32], size: int) -> NDArray[np.int64]:

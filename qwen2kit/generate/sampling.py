@@ -1,22 +1,30 @@
-"""Sampling settings and the one sampler both backends use.
+"""Sampling settings and the one sampler every backend's logits go through.
 
-Backends hand over logits as NumPy float32; filtering and drawing happen here, so equal logits and
-equal seeds give equal text on every backend. Order of operations is transformers': repetition
-penalty, temperature, top-k, top-p.
+Filtering and drawing happen here, in NumPy, so equal logits and equal seeds give equal text on
+every backend. Order of operations is transformers': repetition penalty, the other penalties and
+biases, constraint, temperature, top-k, top-p.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
-from typing import TYPE_CHECKING, Literal
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qwen2kit.errors import BackendError, ConfigError
+from qwen2kit.backend.slots import Edit, Shortlist
+from qwen2kit.errors import ConfigError
+from qwen2kit.generate.edit import apply_edit
+from qwen2kit.generate.inverse_cdf import Head, head_of_row, locate, log_sum_exp
+from qwen2kit.generate.penalties import Changes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_SHORTLIST = 64
+_LONGEST_SHORTLIST = 512
+_SHORTLIST_SLACK = 2e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,10 +39,14 @@ class Sampling:
         top_p: keep the smallest set whose probability reaches p; 1 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of every id seen in
             prompt or output (CTRL, arXiv 1909.05858); 1 is off.
+        presence_penalty: subtracted from the logits of every id generated so far.
+        frequency_penalty: the same, times how often it was (both as OpenAI's API defines them).
+        logit_bias: ``(id, added to its logit)``, distinct ids.
         seed: the draw for output ``i`` of prompt ``j`` depends on (seed, j, i) only.
         vocab_limit: ids at or above it (untrained padding rows) are never produced.
         logprobs: report the log-probability of each emitted token (full softmax, before
-            filtering).
+            penalties and filtering).
+        top_logprobs: report the same of that many most likely tokens, 0 to 64.
 
     Raises:
         ConfigError: a value is outside its range.
@@ -46,9 +58,13 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     vocab_limit: int | None = None
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for name, (valid, rule) in self._rules().items():
@@ -62,20 +78,64 @@ class Sampling:
             "top_k": (self.top_k >= 0, "not be negative"),
             "top_p": (0 < self.top_p <= 1, "be in (0, 1]"),
             "repetition_penalty": (0 < self.repetition_penalty < inf, "be positive"),
+            "presence_penalty": (isfinite(self.presence_penalty), "be finite"),
+            "frequency_penalty": (isfinite(self.frequency_penalty), "be finite"),
+            "logit_bias": (self._is_bias_valid(), "hold finite numbers for distinct token ids"),
             "seed": (0 <= self.seed < 1 << 64, "be between 0 and 2**64 - 1"),
             "vocab_limit": (self.vocab_limit is None or self.vocab_limit >= 1, "be at least 1"),
+            "top_logprobs": (0 <= self.top_logprobs <= _SHORTLIST, f"be 0 to {_SHORTLIST}"),
         }
+
+    def _is_bias_valid(self) -> bool:
+        ids = {token for token, bias in self.logit_bias if token >= 0 and isfinite(bias)}
+        return len(ids) == len(self.logit_bias)
 
     @property
     def is_plain_greedy(self) -> bool:
         """Whether the next token is a bare argmax, which a backend may take on its device."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and not self.logprobs
+        return self.temperature == 0 and not (self.changes_logits or self.reports)
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether penalties or biases change logits before the temperature does."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or bool(self.logit_bias)
+        )
+
+    @property
+    def reports(self) -> bool:
+        """Whether log-probabilities are wanted."""
+        return self.logprobs or self.top_logprobs > 0
+
+    @property
+    def shortlist_size(self) -> int:
+        """How many of the most likely tokens are worth fetching before a whole row is."""
+        if _SHORTLIST <= self.top_k < _LONGEST_SHORTLIST:
+            return 1 << self.top_k.bit_length()
+        return _SHORTLIST
 
     def finish_reason(self, token: int, left: int) -> Literal["stop", "length"] | None:
         """Why a sequence ends with ``token``, ``left`` more being allowed; None if it goes on."""
         if token in self.stop_token_ids:
             return "stop"
         return "length" if left == 0 else None
+
+
+class Drawn(NamedTuple):
+    """One token drawn.
+
+    Attributes:
+        token: the id.
+        logprob: its natural-log probability, if asked for.
+        top: the most likely ids and theirs, as many as asked for.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
 
 
 class Sampler:
@@ -88,65 +148,131 @@ class Sampler:
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], stream: int = 0) -> None:
-        import numpy as np
-
         self._sampling = sampling
-        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
-        self._random = np.random.Generator(np.random.Philox(key=[sampling.seed, stream]))
+        self._drawn = 0
+        self._points = _Points(sampling.seed, stream)
+        self._plain = Edit(limit=sampling.vocab_limit, temperature=sampling.temperature)
+        self._changes = Changes(sampling, prompt) if sampling.changes_logits else None
 
-    def draw(self, logits: NDArray[np.float32]) -> tuple[int, float | None]:
-        """The next token and, if asked for, its log-probability.
+    def fork(self) -> Sampler:
+        """A sampler in the same state, which draws what this one would and leaves it alone."""
+        twin = object.__new__(Sampler)
+        twin._sampling, twin._drawn = self._sampling, self._drawn
+        twin._points, twin._plain = self._points, self._plain
+        twin._changes = None if self._changes is None else self._changes.copy()
+        return twin
+
+    def edit(self, allowed: NDArray[np.uint32] | None = None) -> Edit:
+        """What happens to the logits before the next draw.
+
+        Args:
+            allowed: the constraint's packed mask, see `Edit`.
+        """
+        if self._changes is None and allowed is None:
+            return self._plain
+        return Edit(
+            limit=self._plain.limit,
+            temperature=self._plain.temperature,
+            allowed=allowed,
+            **({} if self._changes is None else self._changes.arrays()),
+        )
+
+    def edits(self, ahead: Sequence[int]) -> list[Edit]:
+        """`edit` for the next draw, and for those after it if they give ``ahead``."""
+        if self._changes is None:
+            return [self._plain] * (len(ahead) + 1)
+        twin, found = self.fork(), [self.edit()]
+        for token in ahead:
+            twin.accept(token)
+            found.append(twin.edit())
+        return found
+
+    def draw(self, logits: NDArray[np.float32], edit: Edit | None = None) -> Drawn:
+        """The next token from a whole row.
 
         Args:
             logits: float32 ``[vocab]`` of the last position; not modified.
+            edit: what `edit` gave for this draw, if it was called already.
 
         Raises:
             BackendError: the logits hold NaN, or nothing finite to choose from.
         """
+        edit = edit or self.edit()
+        scores = apply_edit(logits, edit)[: edit.limit]
+        token = None
+        for size in (2048, len(scores)):
+            head = head_of_row(scores, size, edit.temperature)
+            place = locate(head, self._sampling, self._point)
+            if place is not None:
+                token = int(head.ids[place])
+                break
+        assert token is not None, "a complete head always suffices"
+        self.accept(token)
+        return self._report(token, logits[: edit.limit]) if self._sampling.reports else Drawn(token)
+
+    def draw_short(self, shortlist: Shortlist, row: int, edit: Edit) -> Drawn | None:
+        """The token that `draw` would give, if row ``row`` of ``shortlist`` tells; else None, and
+        nothing has been drawn.
+
+        Args:
+            shortlist: of at least `Sampling.shortlist_size`.
+            row: which one.
+            edit: what it was made with.
+        """
+        sampling = self._sampling
+        changed = edit.ids is not None or edit.allowed is not None
+        if sampling.top_logprobs and changed:
+            return None
+        head = Head.sorted(
+            shortlist.ids[row], shortlist.scores[row], float(shortlist.total[row]),
+            _SHORTLIST_SLACK,
+        )  # fmt: skip
+        place = locate(head, sampling, self._point)
+        if place is None:
+            return None
+        token = int(head.ids[place])
+        self.accept(token)
+        if not sampling.reports:
+            return Drawn(token)
+        ids = shortlist.ids[row].tolist()
+        logprobs = (shortlist.raw[row].astype("float64") - shortlist.raw_total[row]).tolist()
+        count = min(sampling.top_logprobs, int((shortlist.scores[row] > -inf).sum()))
+        top = tuple(zip(ids[:count], logprobs[:count], strict=True))
+        return Drawn(token, logprobs[ids.index(token)], top)
+
+    def accept(self, token: int) -> None:
+        """Go on as if ``token`` had been drawn."""
+        self._drawn += 1
+        if self._changes is not None:
+            self._changes.count(token)
+
+    @property
+    def _point(self) -> float:
+        return self._points[self._drawn] if self._sampling.temperature > 0 else 0.0
+
+    def _report(self, token: int, raw: NDArray[np.float32]) -> Drawn:
         import numpy as np
 
-        sampling = self._sampling
-        scores = logits[: sampling.vocab_limit].astype(np.float32)
-        full = scores.copy() if sampling.logprobs else scores
-        if self._seen:
-            seen = np.fromiter((t for t in self._seen if t < len(scores)), dtype=np.int64)
-            penalty = np.float32(sampling.repetition_penalty)
-            value = scores[seen]
-            scores[seen] = np.where(value < 0, value * penalty, value / penalty)
-        token = self._choose(scores)
-        if sampling.repetition_penalty != 1:
-            self._seen.add(token)
-        return token, _log_softmax_at(full, token) if sampling.logprobs else None
+        values = raw.astype(np.float64)
+        values -= log_sum_exp(values)
+        head = head_of_row(raw, self._sampling.top_logprobs, 1.0)
+        top = tuple((int(i), float(values[i])) for i in head.ids[: self._sampling.top_logprobs])
+        return Drawn(token, float(values[token]), top)
 
-    def _choose(self, scores: NDArray[np.float32]) -> int:
+
+class _Points:
+    """The random numbers of one stream, uniform in [0, 1), by index; forks share them."""
+
+    def __init__(self, seed: int, stream: int) -> None:
+        self._key = [seed, stream]
+        self._known: list[float] = []
+        self._random: np.random.Generator | None = None
+
+    def __getitem__(self, index: int) -> float:
         import numpy as np
 
-        sampling = self._sampling
-        best = int(np.argmax(scores))
-        if not np.isfinite(scores[best]):
-            raise BackendError(
-                "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
-            )
-        if sampling.temperature == 0:
-            return best
-        ids = np.arange(len(scores))
-        if 0 < sampling.top_k < len(scores):
-            ids = np.flatnonzero(scores >= np.partition(scores, -sampling.top_k)[-sampling.top_k])
-        kept = (scores[ids].astype(np.float64) - scores[best]) / sampling.temperature
-        order = np.argsort(-kept, kind="stable")
-        ids, probs = ids[order], np.exp(kept[order])
-        probs /= probs.sum()
-        if sampling.top_p < 1:
-            count = int(np.searchsorted(np.cumsum(probs), sampling.top_p)) + 1
-            ids, probs = ids[:count], probs[:count]
-        cumulative = np.cumsum(probs)
-        point = self._random.random() * cumulative[-1]
-        return int(ids[min(int(np.searchsorted(cumulative, point, side="right")), len(ids) - 1)])
-
-
-def _log_softmax_at(scores: NDArray[np.float32], token: int) -> float:
-    import numpy as np
-
-    values = scores.astype(np.float64)
-    peak = values.max()
-    return float(values[token] - peak - np.log(np.exp(values - peak).sum()))
+        while index >= len(self._known):
+            if self._random is None:
+                self._random = np.random.Generator(np.random.Philox(key=self._key))
+            self._known.extend(self._random.random(64).tolist())
+        return self._known[index]

@@ -16,12 +16,12 @@ from qwen2kit.generate.sampling import Sampler, Sampling
 
 
 class Grid:
-    """Stands in for the random generator: returns a fixed point of [0, 1)."""
+    """Stands in for the random numbers: always the same point of [0, 1)."""
 
     def __init__(self, point: float) -> None:
         self.point = point
 
-    def random(self) -> float:
+    def __getitem__(self, index: int) -> float:
         return self.point
 
 
@@ -31,7 +31,7 @@ def distribution(logits: NDArray[np.float32], sampling: Sampling, prompt: list[i
     counts: Counter[int] = Counter()
     for index in range(points):
         sampler = Sampler(sampling, prompt)
-        sampler._random = Grid((index + 0.5) / points)  # type: ignore[assignment]
+        sampler._points = Grid((index + 0.5) / points)  # type: ignore[assignment]
         counts[sampler.draw(logits)[0]] += 1
     return {token: count / points for token, count in counts.items()}
 
@@ -130,7 +130,7 @@ def test_seed_and_stream_decide_the_draws() -> None:
 
 def test_greedy_takes_the_first_maximum() -> None:
     logits = np.array([1.0, 5.0, 5.0, 2.0], dtype=np.float32)
-    assert Sampler(Sampling(), []).draw(logits) == (1, None)
+    assert Sampler(Sampling(), []).draw(logits).token == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -150,7 +150,7 @@ def test_repetition_penalty_counts_prompt_and_output() -> None:
 def test_logprob_is_of_the_unfiltered_softmax() -> None:
     logits = np.array([1.0, 2.0, 3.0], dtype=np.float32)
     sampling = Sampling(temperature=0.1, top_k=1, repetition_penalty=2.0, logprobs=True)
-    token, logprob = Sampler(sampling, [2]).draw(logits)
+    token, logprob, _ = Sampler(sampling, [2]).draw(logits)
     assert token == 1
     assert logprob == pytest.approx(2 - math.log(sum(math.exp(x) for x in (1, 2, 3))), abs=1e-9)
 
@@ -213,7 +213,7 @@ def test_a_draw_is_always_an_allowed_token(
 ) -> None:
     logits = np.array(values, dtype=np.float32)
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    token, _ = Sampler(sampling, []).draw(logits)
+    token = Sampler(sampling, []).draw(logits).token
     assert 0 <= token < len(values)
     if 0 < top_k <= len(values):
         assert logits[token] >= np.sort(logits)[-top_k]
