@@ -1,4 +1,4 @@
-"""Many prompts to one model, in batches, each answer logged as soon as it is known."""
+"""Many prompts to one model, each answer logged as soon as it is known."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError
-from qwen2kit_evals.generation import continue_prompts, decoding
+from qwen2kit_evals.generation import Asked, continue_all, decoding, together_by_default
 from qwen2kit_evals.request_log import RequestLog
-
-SEEDS_PER_RUN = 1_000_003
 
 
 def answer(
@@ -21,44 +19,36 @@ def answer(
     gen_kwargs: Mapping[str, Any],
     *,
     log: RequestLog,
-    batch_size: int,
+    batch_size: int | None = None,
     seed: int = 0,
     label: str = "Generating",
 ) -> list[str]:
     """Continue each prompt; equal prompts are answered one by one (they differ when sampling).
 
-    Batches hold prompts of like length, longest first. A batch of which some answers are known is
-    computed whole, so that an interrupted run gives the same answers.
-
     Args:
         prompts: texts; special tokens written out count as such.
         gen_kwargs: lm-eval's: ``until``, ``max_gen_toks``, ``do_sample``, ``temperature``, ...
         log: known answers, and where new ones go.
+        batch_size: prompts generated together; None is what keeps the device busy.
 
     Raises:
         ConfigError: a prompt and its answer do not fit the model's context.
         BackendError: the model cannot continue a prompt.
     """
-    ids = [loaded.tokenizer.encode(prompt) for prompt in prompts]
+    ids = loaded.tokenizer.encode_many(prompts)
     _check_room(loaded, ids, int(gen_kwargs["max_gen_toks"]))
     keys = log.text_keys(([prompt] for prompt in prompts), [dict(gen_kwargs), seed])
     answers: list[str | None] = [log.find(key) for key in keys]
-    order = sorted(range(len(prompts)), key=lambda index: -len(ids[index]))
-    done = len(prompts) - answers.count(None)
-    with tqdm(total=len(prompts), initial=done, desc=label) as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            if all(answers[index] is not None for index in batch):
-                continue
-            how = decoding(
-                loaded, gen_kwargs, default_max_tokens=1, seed=seed * SEEDS_PER_RUN + start
-            )
-            texts = continue_prompts(loaded, [ids[index] for index in batch], how)
-            for index, text in zip(batch, texts, strict=True):
-                if answers[index] is None:
-                    answers[index] = text
-                    log.add(keys[index], text)
-                    bar.update()
+    open_ = [index for index, known in enumerate(answers) if known is None]
+    how = decoding(loaded, gen_kwargs, default_max_tokens=1, seed=seed)
+    asked = [Asked(tuple(ids[index]), how, stream=index) for index in open_]
+    together = batch_size or together_by_default(loaded)
+    with tqdm(total=len(prompts), initial=len(prompts) - len(open_), desc=label) as bar:
+        for place, text in continue_all(loaded, asked, together=together):
+            index = open_[place]
+            answers[index] = text
+            log.add(keys[index], text)
+            bar.update()
     return cast(list[str], answers)
 
 

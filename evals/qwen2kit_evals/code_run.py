@@ -67,7 +67,7 @@ def run_problems(
     options: CodeOptions,
     *,
     log: RequestLog,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[dict[str, Any]]:
     """One row per program: problem, completion, and how it ended under each kind of test.
 
@@ -136,7 +136,7 @@ def _complete(
     problems: Sequence[CodeProblem],
     options: CodeOptions,
     log: RequestLog,
-    batch_size: int,
+    batch_size: int | None,
 ) -> list[list[str]]:
     """``options.samples`` completions of every problem."""
     if options.chat and loaded.tokenizer.chat_template is None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import ConfigError
 from qwen2kit.generate.sampling import Sampling
-from qwen2kit.generate.stream import TextStream
+from qwen2kit_evals.provenance import device_name
 
+_TOGETHER, _TOGETHER_ON_CPU = 256, 16
 _KNOWN = {
     "until",
     "do_sample",
@@ -78,32 +80,56 @@ def decoding(
     return Decoding(sampling, tuple(text for text in until if special[text] is None))
 
 
-def continue_prompts(
-    loaded: LoadedModel, prompts: Sequence[Sequence[int]], how: Decoding
-) -> list[str]:
-    """Continue token prompts as one batch; each text ends before its first stop string.
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A prompt to continue.
 
-    Generation ends as soon as every prompt has met a stop string, a stop id or the length limit.
+    Attributes:
+        prompt: token ids.
+        how: to continue it.
+        stream: tells prompts that share a seed apart; an answer depends on nothing else around.
     """
-    streams = [TextStream(loaded.tokenizer, how.stop) for _ in prompts]
-    texts = ["" for _ in prompts]
-    running = set(range(len(prompts)))
-    events = loaded.generate(prompts, how.sampling)
-    try:
-        for event in events:
-            row = event.prompt
-            if row not in running:
-                continue
-            texts[row] += streams[row].push(event.token)
-            if event.finish_reason is not None or streams[row].stopped:
-                running.discard(row)
-            if not running:
-                break
-    finally:
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
-    return [text + stream.finish() for text, stream in zip(texts, streams, strict=True)]
+
+    prompt: tuple[int, ...]
+    how: Decoding
+    stream: int
+
+
+def continue_all(
+    loaded: LoadedModel, asked: Sequence[Asked], *, together: int
+) -> Iterator[tuple[int, str]]:
+    """Continue every prompt; yields (index, text) as each one ends, before its first stop string.
+
+    At most ``together`` prompts run at a time (fewer where memory holds fewer). The place of one
+    that ends is taken at once. Prompts start in the order of their tokens, so that those with a
+    common beginning find it computed.
+
+    Raises:
+        BackendError: a prompt is too long, or not even one fits the memory.
+    """
+    if not asked:
+        return
+    limit = loaded.model.limit
+    capacity = max(min(limit, len(a.prompt) + a.how.sampling.max_new_tokens) for a in asked)
+    texts: dict[int, list[str]] = {}
+    owners: dict[int, int] = {}
+    with TextEngine(loaded, slots=min(together, len(asked)), capacity=capacity) as engine:
+        for index in sorted(range(len(asked)), key=lambda index: asked[index].prompt):
+            item = asked[index]
+            key = engine.submit(
+                item.prompt, item.how.sampling, stop=item.how.stop, stream=item.stream
+            )
+            owners[key], texts[key] = index, []
+        while engine.busy:
+            for event in engine.step():
+                texts[event.key].append(event.text)
+                if event.finish_reason is not None:
+                    yield owners[event.key], "".join(texts.pop(event.key))
+
+
+def together_by_default(loaded: LoadedModel) -> int:
+    """How many prompts are generated at a time when nobody says: what keeps the device busy."""
+    return _TOGETHER_ON_CPU if device_name(loaded).startswith("cpu") else _TOGETHER
 
 
 def _special_id(loaded: LoadedModel, text: str) -> int | None:

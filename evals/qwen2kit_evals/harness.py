@@ -1,4 +1,4 @@
-"""Qwen2KitLM: the one lm-eval model, over `CompiledModel.score` and `.generate` of any backend.
+"""Qwen2KitLM: the one lm-eval model, over scoring and continuous batching on any backend.
 
 Requests are tokenised, split and truncated exactly as lm-eval's ``hf`` model does it, so that
 per-sample results compare; how they are ordered and computed is left to the backend.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 from lm_eval.api.instance import Instance
@@ -22,11 +22,17 @@ from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import ScoreRequest
 from qwen2kit.errors import ConfigError, DataError
 from qwen2kit.spec.counts import count_params
+from qwen2kit.tokenizer.lines import LineEncoder
 from qwen2kit_evals.chat import render
-from qwen2kit_evals.generation import continue_prompts, decoding
+from qwen2kit_evals.generation import (
+    Asked,
+    Decoding,
+    continue_all,
+    decoding,
+    together_by_default,
+)
 from qwen2kit_evals.request_log import RequestLog
 
-DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_GEN_TOKS = 256
 _LM_EVAL_DEVICE = "cuda:0"
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -39,7 +45,8 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
     Args:
         pretrained: a `LoadedModel`, or what `load_model` takes (directory, GGUF, run, hub id).
         backend, device, dtype: as for `load_model`; unused when ``pretrained`` is loaded already.
-        batch_size: prompts generated together (scoring is batched by the backend). ``auto`` is 8.
+        batch_size: prompts generated together; ``auto`` is what keeps the device busy. Scoring is
+            batched by the backend.
         max_length: context limit in tokens; default the model's ``max_position_embeddings``.
         max_gen_toks: generated tokens where a task names no limit.
         prefix_token_id: what an empty context becomes; default ``<|endoftext|>``.
@@ -60,7 +67,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         backend: str = "auto",
         device: str = "auto",
         dtype: str = "auto",
-        batch_size: int | str = DEFAULT_BATCH_SIZE,
+        batch_size: int | str = "auto",
         max_batch_size: int | None = None,
         max_length: int | None = None,
         max_gen_toks: int = DEFAULT_MAX_GEN_TOKS,
@@ -71,12 +78,12 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             raise ConfigError(f"unknown model_args: {', '.join(sorted(unknown))}")
-        self.batch_size = _batch_size(batch_size, max_batch_size)
         if not isinstance(pretrained, LoadedModel):
             plan = ExecutionPlan(device=device, dtype=dtype)
             pretrained = load_model(pretrained, backend=backend, plan=plan)
         self.loaded = pretrained
         self.tokenizer = pretrained.tokenizer
+        self.batch_size = _batch_size(batch_size, max_batch_size, pretrained)
         limit = pretrained.model.spec.context_length
         self.max_length = limit if max_length is None else min(int(max_length), limit)
         self.max_gen_toks = int(max_gen_toks)
@@ -85,6 +92,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self.log = RequestLog()
         self.label = ""
         self._prefix_token_id = prefix_token_id
+        self._lines = LineEncoder(self.tokenizer)
 
     @classmethod
     def create_from_arg_obj(
@@ -127,33 +135,61 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         """
         return self.tokenizer.encode(string)
 
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-probability of each continuation, and whether it is the greedy one; tokenised as
+        lm-eval does it (spaces at the end of a context belong to its continuation)."""
+        pairs = [request.args for request in requests]
+        answers = self._score(self._encode_pairs(pairs), disable_tqdm)
+        for pair, answer in zip(pairs, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", pair, answer)
+        return answers
+
+    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Iterator[ScoreRequest]:
+        kept = [context.rstrip() for context, _ in pairs]
+        distinct = list(dict.fromkeys(kept))
+        encoded = dict(zip(distinct, map(tuple, self._lines.encode(distinct)), strict=True))
+        wholes = self._lines.encode([context + continuation for context, continuation in pairs])
+        for (_, continuation), context, whole in zip(pairs, kept, wholes, strict=True):
+            ids, rest = encoded[context], tuple(whole[len(encoded[context]) :])
+            if not ids:
+                given = rest[:1] == (self.prefix_token_id,)
+                ids, rest = (rest[:1], rest[1:]) if given else ((self.prefix_token_id,), rest)
+            yield self._request(ids, rest, continuation)
+
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: object
     ) -> list[tuple[float, bool]]:
-        wanted = [self._score_request(request) for request in requests]
+        wanted = (self._request(tuple(ids), tuple(rest), texts) for texts, ids, rest in requests)
+        return self._score(wanted, disable_tqdm)
+
+    def _score(
+        self, requests: Iterable[ScoreRequest], disable_tqdm: bool
+    ) -> list[tuple[float, bool]]:
+        wanted = list(requests)
         keys = self.log.score_keys(wanted)
         answers = [None if (known := self.log.find(key)) is None else tuple(known) for key in keys]
         open_ = [index for index, answer in enumerate(answers) if answer is None]
-        done = len(requests) - len(open_)
+        done = len(wanted) - len(open_)
         with tqdm(
-            total=len(requests), initial=done, disable=disable_tqdm, desc=f"{self.label}scoring"
+            total=len(wanted), initial=done, disable=disable_tqdm, desc=f"{self.label}scoring"
         ) as bar:
             for position, score in self.loaded.model.score([wanted[index] for index in open_]):
                 index = open_[position]
                 answers[index] = answer = (score.logprob, score.is_greedy)
                 self.log.add(keys[index], answer)
-                if (texts := requests[index][0]) is not None:
-                    self.cache_hook.add_partial("loglikelihood", texts, answer)
                 bar.update()
         if None in answers:
             raise RuntimeError(f"backend left {answers.count(None)} requests without a score")
         return cast(list[tuple[float, bool]], answers)
 
-    def _score_request(self, request: TokenRequest) -> ScoreRequest:
+    def _request(
+        self, context: tuple[int, ...], continuation: tuple[int, ...], text: object
+    ) -> ScoreRequest:
         """Cut from the left so that all but the last token fit the context limit."""
-        texts, context, continuation = request
         if not continuation:
-            raise DataError(f"continuation {texts and texts[1]!r} adds no token to its context")
+            raise DataError(f"continuation {text!r} adds no token to its context")
         if len(continuation) > self.max_length:
             raise DataError(
                 f"a continuation of {len(continuation)} tokens exceeds the context limit of "
@@ -161,7 +197,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
             )
         excess = max(0, len(context) + len(continuation) - (self.max_length + 1))
         self.truncated += bool(excess)
-        return ScoreRequest(tuple(context[excess:]), tuple(continuation))
+        return ScoreRequest(context[excess:], continuation)
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -195,55 +231,48 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations, each cut before its first stop string.
 
-        Requests with equal arguments are generated ``batch_size`` at a time, longest first.
+        All requests run through one engine, `batch_size` at a time; what a request answers does
+        not depend on the others.
         """
-        groups: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            key = json.dumps(request.args[1], sort_keys=True, default=str)
-            groups.setdefault(key, []).append(index)
+        asked = self._asked([request.args for request in requests])
         keys = self.log.text_keys((r.args for r in requests), [self.seed, self.max_gen_toks])
         answers: list[str | None] = [self.log.find(key) for key in keys]
-        done = len(requests) - answers.count(None)
+        open_ = [index for index, answer in enumerate(answers) if answer is None]
+        done = len(requests) - len(open_)
         with tqdm(
             total=len(requests), initial=done, disable=disable_tqdm, desc=f"{self.label}generating"
         ) as bar:
-            for group in groups.values():
-                for index, text in self._generate_group(requests, group, answers):
-                    answers[index] = text
-                    self.log.add(keys[index], text)
-                    self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                    bar.update()
+            for place, text in continue_all(
+                self.loaded, [asked[index] for index in open_], together=self.batch_size
+            ):
+                index = open_[place]
+                answers[index] = text
+                self.log.add(keys[index], text)
+                self.cache_hook.add_partial("generate_until", requests[index].args, text)
+                bar.update()
         return cast(list[str], answers)
 
-    def _generate_group(
-        self, requests: Sequence[Instance], group: Sequence[int], known: Sequence[str | None]
-    ) -> Iterator[tuple[int, str]]:
-        gen_kwargs = requests[group[0]].args[1]
-        prompts = {index: self.tok_encode(requests[index].args[0]) for index in group}
-        order = sorted(group, key=lambda index: (-len(prompts[index]), requests[index].args[0]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            # A seed of its own for every batch: repeats of one prompt must differ.
-            how = decoding(
-                self.loaded,
-                gen_kwargs,
-                default_max_tokens=self.max_gen_toks,
-                seed=self.seed * 1_000_003 + start,
-            )
+    def _asked(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[Asked]:
+        ways: dict[str, Decoding] = {}
+        asked = []
+        prompts = self._lines.encode([prompt for prompt, _ in arguments])
+        for index, (ids, (_, gen_kwargs)) in enumerate(zip(prompts, arguments, strict=True)):
+            name = json.dumps(gen_kwargs, sort_keys=True, default=str)
+            if name not in ways:
+                ways[name] = decoding(
+                    self.loaded, gen_kwargs, default_max_tokens=self.max_gen_toks, seed=self.seed
+                )
+            how = ways[name]
             room = self.max_length - how.sampling.max_new_tokens
             if room < 1:
                 raise ConfigError(
                     f"{how.sampling.max_new_tokens} tokens to generate leave no room for a prompt "
                     f"in a context of {self.max_length}; lower max_gen_toks"
                 )
-            cut = {index: self._fit_prompt(prompts[index], room) for index in batch}
-            if left := [index for index in batch if known[index] is None]:
-                texts = continue_prompts(self.loaded, [cut[index] for index in left], how)
-                yield from zip(left, texts, strict=True)
-
-    def _fit_prompt(self, prompt: list[int], room: int) -> list[int]:
-        self.truncated += len(prompt) > room
-        return prompt[-room:] or [self.prefix_token_id]
+            self.truncated += len(ids) > room
+            # A stream of its own for every request: repeats of one prompt must differ.
+            asked.append(Asked(tuple(ids[-room:] or [self.prefix_token_id]), how, stream=index))
+        return asked
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -278,9 +307,10 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         }
 
 
-def _batch_size(value: int | str, limit: int | None) -> int:
+def _batch_size(value: int | str, limit: int | None, loaded: LoadedModel) -> int:
     if value == "auto":
-        return min(DEFAULT_BATCH_SIZE, limit or DEFAULT_BATCH_SIZE)
+        most = together_by_default(loaded)
+        return most if limit is None else min(most, limit)
     if not str(value).isdigit() or int(value) < 1:
         raise ConfigError(f"batch_size must be a positive integer or auto, got {value!r}")
     return int(value)

@@ -35,7 +35,7 @@ class Job:
     num_fewshot: int | None = None
     datasets: str | None = None
     include_path: str | None = None
-    batch_size: int = 8
+    batch_size: int | None = None
     chat_template: bool = False
     compare: str | None = None
     seed: int | None = None

@@ -189,7 +189,7 @@ def run_needles(
     *,
     chat: bool,
     seed: int,
-    batch_size: int,
+    batch_size: int | None,
     log: RequestLog,
 ) -> list[NeedleRow]:
     """Ask every cell, greedily.

@@ -34,7 +34,7 @@ def model_provenance(loaded: LoadedModel) -> dict[str, Any]:
         "versions": loaded.backend.versions() | _versions(),
         "requested": {"dtype": loaded.plan.dtype, "device": loaded.plan.device},
         "dtype": _dtype(loaded),
-        "device": _device(loaded),
+        "device": device_name(loaded),
         "platform": platform.platform(),
         "python": platform.python_version(),
     }
@@ -89,7 +89,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device(loaded: LoadedModel) -> str:
+def device_name(loaded: LoadedModel) -> str:
+    """The device a model runs on, as its backend calls it."""
     if loaded.plan.device != "auto":
         return loaded.plan.device
     devices = loaded.backend.devices()
@@ -100,4 +101,4 @@ def _dtype(loaded: LoadedModel) -> str:
     """`ExecutionPlan.dtype`, with ``auto`` resolved by that field's rule."""
     if loaded.plan.dtype != "auto":
         return loaded.plan.dtype
-    return "float32" if _device(loaded).startswith("cpu") else "bfloat16"
+    return "float32" if device_name(loaded).startswith("cpu") else "bfloat16"

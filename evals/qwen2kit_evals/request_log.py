@@ -13,7 +13,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -64,15 +64,12 @@ class RequestLog:
 
     def score_keys(self, requests: Iterable[ScoreRequest]) -> list[str]:
         """Keys of requests to score; equal requests get keys of their own."""
-        return self._distinct(
-            self._hash("score", array("q", [len(r.context), *r.context, *r.continuation]).tobytes())
-            for r in requests
-        )
+        return self._distinct(self._score_hashes(requests))
 
     def text_keys(self, requests: Iterable[Sequence[Any]], settings: Any) -> list[str]:
         """Keys of ``(prompt, generation arguments)``; repeats of one prompt are told apart."""
         return self._distinct(
-            self._hash("generate", json.dumps([*r, settings], sort_keys=True, default=str).encode())
+            self._text_hash(json.dumps([*r, settings], sort_keys=True, default=str))
             for r in requests
         )
 
@@ -92,8 +89,20 @@ class RequestLog:
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
-    def _hash(self, kind: str, content: bytes) -> str:
-        return hashlib.sha256(f"{self._model} {kind} ".encode() + content).hexdigest()[:32]
+    def _score_hashes(self, requests: Iterable[ScoreRequest]) -> Iterator[str]:
+        context: tuple[int, ...] | None = None
+        begun = hashlib.sha256()
+        for request in requests:
+            if request.context is not context:  # requests may share one
+                context = request.context
+                head = array("q", [len(context), *context]).tobytes()
+                begun = hashlib.sha256(f"{self._model} score ".encode() + head)
+            digest = begun.copy()
+            digest.update(array("q", request.continuation).tobytes())
+            yield digest.hexdigest()[:32]
+
+    def _text_hash(self, content: str) -> str:
+        return hashlib.sha256(f"{self._model} generate {content}".encode()).hexdigest()[:32]
 
     @staticmethod
     def _distinct(hashes: Iterable[str]) -> list[str]:

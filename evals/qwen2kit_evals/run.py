@@ -15,7 +15,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError, TokenizerError
 from qwen2kit_evals.code_eval import active, execution_notice, run_ahead, with_outcomes
-from qwen2kit_evals.harness import DEFAULT_BATCH_SIZE, Qwen2KitLM
+from qwen2kit_evals.harness import Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
 from qwen2kit_evals.metric_rows import metric_rows
 from qwen2kit_evals.provenance import answers_digest, model_provenance
@@ -34,7 +34,7 @@ def evaluate(
     limit: float | None = None,
     num_fewshot: int | None = None,
     datasets: Path | str | None = None,
-    batch_size: int = DEFAULT_BATCH_SIZE,
+    batch_size: int | None = None,
     apply_chat_template: bool = False,
     seed: int | None = None,
     log_samples: bool = True,
@@ -52,7 +52,7 @@ def evaluate(
         limit: documents per task; below 1 a fraction.
         num_fewshot: examples in the prompt in place of each task's own number.
         datasets: directory of data in Hub layout; None is the Hub.
-        batch_size: prompts generated together.
+        batch_size: prompts generated together; None is what keeps the device busy.
         apply_chat_template: put prompts (shots as turns) into the model's chat template.
         seed: of shots and sampling; None takes lm-eval's defaults, for comparable scores.
         log_samples: keep every prompt and answer.
@@ -65,7 +65,7 @@ def evaluate(
     if not isinstance(tasks, SuiteSelection):
         tasks = SuiteSelection.of(_selection(tasks, num_fewshot, datasets))
     model = Qwen2KitLM(
-        loaded, batch_size=batch_size, seed=DEFAULT_OTHER_SEED if seed is None else seed
+        loaded, batch_size=batch_size or "auto", seed=DEFAULT_OTHER_SEED if seed is None else seed
     )
     about = model_provenance(loaded)
     started = time.perf_counter()
@@ -87,7 +87,7 @@ def evaluate(
         "suite": tasks.suite,
         "num_fewshot": tasks.num_fewshot,
         "limit": limit,
-        "batch_size": batch_size,
+        "batch_size": model.batch_size,
         "chat_template": apply_chat_template,
         "seeds": lm_eval_seeds(seed),
         "datasets": tasks.datasets,
@@ -169,7 +169,7 @@ def default_output(model: str, root: Path = Path("eval-results")) -> Path:
     return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_numbers(limit: float | None, batch_size: int) -> None:
+def check_numbers(limit: float | None, batch_size: int | None) -> None:
     """Refuse values out of range.
 
     Raises:
@@ -178,14 +178,14 @@ def check_numbers(limit: float | None, batch_size: int) -> None:
     """
     if limit is not None and (not limit > 0 or (limit >= 1 and limit != int(limit))):
         raise ConfigError(f"limit must be a fraction below 1 or a whole number, got {limit}")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _check_arguments(
     loaded: LoadedModel,
     limit: float | None,
-    batch_size: int,
+    batch_size: int | None,
     apply_chat_template: bool,
     output: Path | None,
 ) -> None:

@@ -42,10 +42,7 @@ def check_tokens(tokens: Sequence[int], spec: ModelSpec, limit: int, what: str) 
     if not tokens:
         raise BackendError(f"{what} is empty; it needs at least one token")
     if len(tokens) > limit:
-        raise BackendError(
-            f"{what} has {len(tokens)} tokens, this model takes {limit}"
-            f"{_dual_chunk_hint(spec, limit)}; shorten it"
-        )
+        raise BackendError(_too_long(what, len(tokens), spec, limit))
     low, high = min(tokens), max(tokens)
     if low < 0 or high >= spec.vocab_size:
         raise BackendError(
@@ -60,12 +57,23 @@ def check_scores(requests: Sequence[ScoreRequest], spec: ModelSpec, limit: int) 
     Raises:
         BackendError: naming the request and the problem.
     """
+    checked: tuple[int, ...] | None = None
     for index, request in enumerate(requests):
         what = f"score request {index}"
         if not request.context or not request.continuation:
             raise BackendError(f"{what} needs at least one context and one continuation token")
-        check_tokens((*request.context, *request.continuation[:-1]), spec, limit, what)
-        check_tokens(request.continuation[-1:], spec, limit, what)
+        if request.context is not checked:  # requests may share one
+            check_tokens(request.context, spec, limit, what)
+            checked = request.context
+        check_tokens(request.continuation, spec, limit + 1, what)
+        length = len(request.context) + len(request.continuation) - 1
+        if length > limit:
+            raise BackendError(_too_long(what, length, spec, limit))
+
+
+def _too_long(what: str, length: int, spec: ModelSpec, limit: int) -> str:
+    hint = _dual_chunk_hint(spec, limit)
+    return f"{what} has {length} tokens, this model takes {limit}{hint}; shorten it"
 
 
 def _limit(spec: ModelSpec, dual_chunk: bool) -> int:

@@ -60,7 +60,9 @@ def evaluate(
     include_path: Annotated[
         Path | None, typer.Option(help="Directory of further lm-eval task files.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts generated together; default what suits the device.")
+    ] = None,
     chat_template: Annotated[
         bool, typer.Option("--chat-template", help="Wrap prompts in the model's chat template.")
     ] = False,

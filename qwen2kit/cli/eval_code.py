@@ -58,7 +58,7 @@ def code(
     dtype: DType = "auto",
     device: DeviceName = "auto",
     adapter: Adapter = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     chat_template: ChatTemplate = False,
     seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     output: Output = None,

@@ -46,7 +46,7 @@ def judge(
     dtype: DType = "auto",
     device: DeviceName = "auto",
     adapter: Adapter = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     output: Output = None,
     json_output: Json = False,
 ) -> None:

@@ -17,7 +17,10 @@ BackendName = Annotated[str, typer.Option("--backend", help="torch, mlx or auto.
 DType = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
 DeviceName = Annotated[str, typer.Option("--device", help="A device of the backend; see doctor.")]
 Adapter = Annotated[str | None, typer.Option(help="LoRA adapter: directory, run or hub id.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Prompts generated together.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Prompts generated together; default what suits the device."),
+]
 Output = Annotated[
     Path | None,
     typer.Option(help="Directory, new or of an interrupted run; default eval-results/..."),

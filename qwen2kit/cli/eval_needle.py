@@ -46,7 +46,7 @@ def needle(
     dtype: DType = "auto",
     device: DeviceName = "auto",
     adapter: Adapter = None,
-    batch_size: BatchSize = 1,
+    batch_size: BatchSize = None,
     chat_template: ChatTemplate = False,
     seed: Annotated[int, typer.Option(help="Of the hidden numbers.")] = 0,
     output: Output = None,

@@ -20,6 +20,7 @@ from qwen2kit.tokenizer.document import (
     ENDOFTEXT,
     IM_END,
     IM_START,
+    PRETOKENIZE_REGEX,
     TokenizerParts,
     compile_document,
 )
@@ -90,6 +91,18 @@ class Tokenizer:
         splits = re.findall(r'"Regex": "(?:[^"\\]|\\.)*"', json.dumps(document["pre_tokenizer"]))
         content = [self._encoder.get_vocab(), merges, added, document["normalizer"], splits]
         return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def begins_anew_at_lines(self) -> bool:
+        """Whether a line that begins with an ASCII letter has the same ids whatever stands before
+        it: so with Qwen2's normalisation and splitting, and added tokens that take no space."""
+        parts = self._encoder.pre_tokenizer, self._encoder.normalizer
+        splits, normalizer = (json.loads(p.__getstate__()) if p else None for p in parts)
+        return (
+            json.dumps({"Regex": PRETOKENIZE_REGEX}) in json.dumps(splits)
+            and normalizer in (None, {"type": "NFC"})
+            and not any(t.lstrip or t.rstrip or "\n" in t.content for t in self._added.values())
+        )
 
     @cached_property
     def special_ids(self) -> frozenset[int]:

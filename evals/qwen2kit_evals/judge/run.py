@@ -71,7 +71,7 @@ def answer_questions(
     gen_kwargs: Mapping[str, Any],
     *,
     log: RequestLog,
-    batch_size: int,
+    batch_size: int | None,
 ) -> dict[str, list[str]]:
     """The model's answers per question, turn after turn, through its chat template.
 

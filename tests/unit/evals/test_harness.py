@@ -130,15 +130,30 @@ def test_answers_reach_the_cache_hook(lm: Qwen2KitLM) -> None:
     ]
 
 
-def test_generation_batches_longest_first_and_keeps_request_order(tiny: Path) -> None:
+def test_generation_runs_through_one_engine_and_keeps_request_order(tiny: Path) -> None:
     lm = Qwen2KitLM(load_reference(tiny), batch_size=2)
     prompts = ["the", "the cat sat on the mat", "the cat", "one two three"]
     kwargs = [{"max_gen_toks": 3}, {"max_gen_toks": 3}, {"max_gen_toks": 3}, {"max_gen_toks": 2}]
     requests = [instance("generate_until", p, k) for p, k in zip(prompts, kwargs, strict=True)]
     together = lm.generate_until(requests, disable_tqdm=True)
-    assert lm.loaded.model.batches == [2, 1, 1]  # type: ignore[attr-defined]
+    assert lm.loaded.model.batches == [2]  # type: ignore[attr-defined]
     alone = [lm.generate_until([request], disable_tqdm=True)[0] for request in requests]
     assert together == alone
+
+
+def test_an_answer_is_logged_when_it_ends_and_frees_its_place(tiny: Path) -> None:
+    """Two places, three prompts: the shortest answer ends first, and the waiting prompt starts."""
+    lm = Qwen2KitLM(load_reference(tiny), batch_size=2)
+    model: Any = lm.loaded.model
+    logged: list[tuple[int, int]] = []
+    asked = [("a", 30), ("b", 2), ("c", 2)]
+    requests = [instance("generate_until", text, {"max_gen_toks": n}) for text, n in asked]
+    lm.log.add = lambda key, answer: logged.append((model.steps, key))  # type: ignore
+    lm.generate_until(requests, disable_tqdm=True)
+    keys = lm.log.text_keys((r.args for r in requests), [lm.seed, lm.max_gen_toks])
+    assert [keys.index(key) for _, key in logged] == [1, 2, 0]
+    assert logged[0][0] < logged[1][0] < logged[2][0]
+    assert logged[1][0] <= 2 * 2 + 2 * 2 + 1  # the two short ones, beside the long one
 
 
 def test_generation_ends_at_the_first_stop_string(lm: Qwen2KitLM) -> None:
@@ -215,7 +230,8 @@ def test_model_args_win_over_lm_evals_defaults(tiny: Path) -> None:
         {"pretrained": loaded, "batch_size": 3}, {"batch_size": 1, "device": "cuda:0"}
     )
     assert lm.batch_size == 3
-    assert Qwen2KitLM(loaded, batch_size="auto").batch_size == 8
+    assert Qwen2KitLM(loaded, batch_size="auto").batch_size == 16  # on a CPU
+    assert Qwen2KitLM(loaded, batch_size="auto", max_batch_size=4).batch_size == 4
 
 
 @pytest.mark.parametrize("arguments", [{"batch_size": "many"}, {"batch_size": 0}, {"tpu": True}])
