@@ -5,7 +5,6 @@ Per token 2 * (H + 2 K) * C values pass, and the tables, which all heads share, 
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

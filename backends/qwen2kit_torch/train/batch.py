@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,7 +137,7 @@ class Cutting:
         masks: dict[int | None, Attend] = {}
         for window in self.windows:
             seen = (distance >= 0) & (True if window is None else distance < window)
-            mask = torch.from_numpy((seen & same)[:, None]).to(self.device)
+            mask = self._upload((seen & same)[:, None])
             masks[window] = Visibility(mask, causal=False)
         return masks
 
@@ -145,13 +146,19 @@ class Cutting:
         length = documents.shape[1]
         count = 1 if size == 1 else 2 * size
         found = segments(documents, chunks_of(rank, size), count, gathered_positions(size, length))
-        starts = torch.from_numpy(found.query_starts).to(self.device, non_blocking=True)
-        keys = torch.from_numpy(found.key_starts).to(self.device, non_blocking=True)
+        starts, keys = self._upload(found.query_starts), self._upload(found.key_starts)
         index = None if found.keys is None else self._move(found.keys)
         return {w: VarlenAttend(starts, keys, index, length, w) for w in self.windows}
 
     def _move(self, values: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(self.device, non_blocking=True)
+        return self._upload(values.astype(np.int64))
+
+    def _upload(self, values: NDArray[Any]) -> Tensor:
+        """``values`` on the device, without waiting for what is queued there."""
+        host = torch.from_numpy(values)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
 
 
 def _plain(positions: NDArray[np.int32], documents: NDArray[np.int32]) -> bool:

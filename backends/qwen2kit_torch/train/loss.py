@@ -70,7 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight = weight_VD.to(dtype)
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         grad_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_weight else None
+        grad_weight: Tensor | None = None
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden = hidden_ND[part].to(dtype)
@@ -81,10 +81,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if grad_hidden is not None:
                 grad_hidden[part] = slope @ weight
-            if grad_weight is not None:
-                _accumulate(grad_weight, slope, hidden)
+            if wants_weight:
+                grad_weight = _accumulated(grad_weight, slope, hidden)
             # Or they would still be there while the next chunk's are made.
             del logits, slope, losses
+        if wants_weight and grad_weight is None:
+            grad_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight_VD.dtype
         return total
@@ -137,11 +139,16 @@ def _statistics(
     return peak + both[:, :1].log(), both[:, 1:], inside, column
 
 
-def _accumulate(total_VD: Tensor, slope_NV: Tensor, hidden_ND: Tensor) -> None:
-    """``total += slope.T @ hidden`` with a float32 sum."""
-    if total_VD.is_cuda and slope_NV.dtype != torch.float32:
-        torch.addmm(total_VD, slope_NV.T, hidden_ND, out_dtype=torch.float32, out=total_VD)
-    elif slope_NV.dtype == torch.float32:
-        total_VD.addmm_(slope_NV.T, hidden_ND)
-    else:
-        total_VD += slope_NV.T @ hidden_ND
+def _accumulated(total_VD: Tensor | None, slope_NV: Tensor, hidden_ND: Tensor) -> Tensor:
+    """``total + slope.T @ hidden`` in float32, in place; None is zero, without its bytes."""
+    if total_VD is None and slope_NV.dtype == torch.float32:
+        return slope_NV.T @ hidden_ND
+    if slope_NV.dtype == torch.float32:
+        assert total_VD is not None
+        return total_VD.addmm_(slope_NV.T, hidden_ND)
+    if not slope_NV.is_cuda:
+        product = (slope_NV.T @ hidden_ND).float()
+        return product if total_VD is None else total_VD.add_(product)
+    if total_VD is None:
+        return torch.mm(slope_NV.T, hidden_ND, out_dtype=torch.float32)
+    return torch.addmm(total_VD, slope_NV.T, hidden_ND, out_dtype=torch.float32, out=total_VD)

@@ -40,10 +40,10 @@ from qwen2kit_torch.lora import dropout, export_factors, export_merged
 from qwen2kit_torch.parallel.mesh import Mesh
 from qwen2kit_torch.parallel.pipeline import Pipeline
 from qwen2kit_torch.parallel.processes import connect
-from qwen2kit_torch.train.batch import Cutting, MicroBatch
+from qwen2kit_torch.train.batch import Cutting
 from qwen2kit_torch.train.build import build, ends_group
 from qwen2kit_torch.train.init import init_parameters
-from qwen2kit_torch.train.optim import build_adamw, clip_gradients, set_learning_rate
+from qwen2kit_torch.train.optim import build_adamw, global_norm, guarded_step
 from qwen2kit_torch.train.parameters import gather, settle_gradients
 from qwen2kit_torch.train.profiling import profile_into
 from qwen2kit_torch.train.state import BackgroundSave, restore_state, save_state
@@ -123,38 +123,34 @@ class TorchTrainableModel(TorchModel):
         supervised, tokens = self._count(batch)
         self._optimizer.zero_grad(set_to_none=True)
         try:
-            mean = self._accumulate(batch, supervised)
+            outcome = self._update(self._accumulate(batch, supervised), lr, max_loss)
         except torch.OutOfMemoryError as error:
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"out of memory on {self.device}; lower train.micro_batch_rows or seq_len, or "
                 "set train.recompute"
             ) from error
-        grad_norm = self._clip()
+        # The step's only wait for the device: all its work is queued by now.
+        mean, grad_norm, taken = outcome.tolist()
+        self._steps += int(taken)
         finite = isfinite(mean) and isfinite(grad_norm)
-        applied = finite and mean <= max_loss
-        if applied:
-            set_learning_rate(self._optimizer, lr)
-            self._optimizer.step()
-            self._steps += 1
-        elif not finite and self.settings.non_finite == "raise":
+        if not finite and self.settings.non_finite == "raise":
             self._optimizer.zero_grad(set_to_none=True)
             raise TrainingError(
                 f"loss is {mean} and gradient norm {grad_norm}; lower train.lr, or set "
                 "train.non_finite=skip to leave such steps out"
             )
-        return self._metrics(mean, grad_norm, supervised, tokens, skipped=not applied)
+        return self._metrics(mean, grad_norm, supervised, tokens, skipped=not taken)
 
     def loss(self, batch: TokenBatch) -> StepMetrics:
         """Mean loss of ``batch`` by the same arithmetic as `train_step`, changing nothing."""
         self._check_loaded()
         supervised, tokens = self._count(batch)
-        micros = list(self._cut(batch))
         if self._pipeline is not None:
-            total = self._pipeline.loss(micros)
+            total = self._pipeline.loss(list(self._cut(batch)))
         else:
             with torch.no_grad():
-                total = self._sequentially(micros, 1.0, lambda loss: None)
+                total = self._sequentially(batch, 1.0, lambda loss: None)
         mean = float(self._sum(total, "loss")) / supervised
         return self._metrics(mean, 0.0, supervised, tokens, skipped=False)
 
@@ -255,17 +251,31 @@ class TorchTrainableModel(TorchModel):
         schedule = self.settings.parallel.schedule
         return Pipeline(self._built.stage, self._built.place, group, schedule, self.device)
 
-    def _accumulate(self, batch: TokenBatch, supervised: int) -> float:
-        """Gradients of the mean loss; returns it."""
+    def _accumulate(self, batch: TokenBatch, supervised: int) -> Tensor:
+        """Gradients of the mean loss; returns it, a float32 scalar."""
         with self._dropout():
-            micros, scale = list(self._cut(batch)), 1 / supervised
+            scale = 1 / supervised
             if self._pipeline is not None:
-                total = self._pipeline.forward_backward(micros, scale)
+                total = self._pipeline.forward_backward(list(self._cut(batch)), scale)
             else:
-                total = self._sequentially(micros, scale, torch.autograd.backward)
+                total = self._sequentially(batch, scale, torch.autograd.backward)
         settle_gradients(self._trained.values())
         self._join_tied_gradients()
-        return float(self._sum(total, "loss"))
+        return self._sum(total, "loss")
+
+    def _update(self, loss: Tensor, lr: float, max_loss: float) -> Tensor:
+        """The optimizer's step; float32 ``[3]`` as `guarded_step` returns it."""
+        copies = [self._parameters[name] for name in self._built.copies]
+        pipeline = self.mesh.group("pp")
+        norm = global_norm(self._trained.values(), copies=copies, pipeline=pipeline)
+        return guarded_step(
+            self._optimizer,
+            lr,
+            loss=loss,
+            norm=norm,
+            max_norm=self.settings.optimizer.max_grad_norm,
+            max_loss=max_loss,
+        )
 
     def _dropout(self) -> AbstractContextManager[None]:
         adapter = self.settings.adapter
@@ -274,14 +284,18 @@ class TorchTrainableModel(TorchModel):
         return dropout(self.module, adapter, step=self._steps, rank=self.data_shard[0])
 
     def _sequentially(
-        self, micros: Sequence[MicroBatch], scale: float, then: Callable[[Tensor], None]
+        self, batch: TokenBatch, scale: float, then: Callable[[Tensor], None]
     ) -> Tensor:
-        """The scaled sum of losses of ``micros``, each handed to ``then`` at once."""
+        """The scaled sum of losses of ``batch``'s micro-batches, each handed to ``then`` at once.
+
+        A micro-batch is cut while the device works on the one before it.
+        """
         stage = self._built.stage
-        stage.micros, stage.scale = micros, scale
+        stage.scale = scale
         total = torch.zeros((), device=self.device)
-        for number in range(len(micros)):
-            loss: Tensor = stage(total, number)
+        for micro in self._cut(batch):
+            stage.micros = (micro,)
+            loss: Tensor = stage(total, 0)
             then(loss)
             total += loss.detach()[0]
         return total
@@ -294,16 +308,6 @@ class TorchTrainableModel(TorchModel):
         assert gradient is not None
         local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
         dist.all_reduce(local, group=self._ends)
-
-    def _clip(self) -> float:
-        copies = [self._parameters[name] for name in self._built.copies]
-        norm = clip_gradients(
-            self._trained.values(),
-            self.settings.optimizer.max_grad_norm,
-            copies=copies,
-            pipeline=self.mesh.group("pp"),
-        )
-        return float(norm)
 
     def _count(self, batch: TokenBatch) -> tuple[int, int]:
         """Supervised and all tokens of the global batch."""
