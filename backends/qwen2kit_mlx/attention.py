@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from qwen2kit.spec.model import ModelSpec
+from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.kernels import Kernels
-from qwen2kit_mlx.rotary import Rotary
-from qwen2kit_mlx.slot_store import Place, SlotStore
+from qwen2kit_mlx.rotary import Rotary, Rotation
+from qwen2kit_mlx.slot_store import SlotStore
 from qwen2kit_mlx.visibility import View, ragged_view, view
 
 
@@ -25,7 +27,7 @@ class Attend(Protocol):
     """Attention of one forward pass."""
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
-        """``[B, T, H * C]`` from a layer's queries, keys and values before rotation."""
+        """``[B * T, H * C]`` from a layer's queries, keys and values before rotation."""
         ...
 
 
@@ -43,17 +45,25 @@ class Heads:
         self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
+    def rotated(
+        self, stacked_BTGC: mx.array, rotation: Rotation
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries ``[B, H, T, C]`` and keys ``[B, K, T, C]``, rotated, and values like keys."""
+        stacked = stacked_BTGC.transpose(0, 2, 1, 3)
+        turned = rotation(stacked[:, : self.query + self.kv])
+        return turned[:, : self.query], turned[:, self.query :], stacked[:, self.query + self.kv :]
+
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, seen: View
     ) -> mx.array:
-        """``[B, T, H * C]``."""
+        """``[B * T, H * C]``."""
         if seen.first:
             k_BKSC, v_BKSC = k_BKSC[:, :, seen.first :], v_BKSC[:, :, seen.first :]
         out_BHTC = self.kernels.attention(
             q_BHTC, k_BKSC, v_BKSC, self.rotary.score_scale, seen.mask
         )
-        rows, _, count, _ = out_BHTC.shape
-        return out_BHTC.transpose(0, 2, 1, 3).reshape(rows, count, -1)
+        _, heads, _, width = out_BHTC.shape
+        return out_BHTC.transpose(0, 2, 1, 3).reshape(-1, heads * width)
 
 
 class Fresh:
@@ -61,23 +71,45 @@ class Fresh:
 
     def __init__(self, heads: Heads, count: int) -> None:
         self._heads = heads
-        self._rotation = heads.rotary.at([0], count)
+        self._rotation = heads.rotary.at(0, count)
         self._views = {window: view(0, count, window) for window in set(heads.windows)}
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
-        heads, stacked = self._heads, stacked_BTGC.transpose(0, 2, 1, 3)
-        rotated = self._rotation(stacked[:, : heads.query + heads.kv])
-        return heads.attention(
-            rotated[:, : heads.query],
-            rotated[:, heads.query :],
-            stacked[:, heads.query + heads.kv :],
-            self._views[heads.windows[layer]],
-        )
+        heads = self._heads
+        q, k, v = heads.rotated(stacked_BTGC, self._rotation)
+        return heads.attention(q, k, v, self._views[heads.windows[layer]])
+
+
+class Prompt:
+    """One row of a store, extended by many tokens.
+
+    Args:
+        heads: the model's.
+        store: keys and values; grown to hold the tokens.
+        row: which one.
+        start: position of the first token.
+        count: tokens.
+    """
+
+    def __init__(self, heads: Heads, store: SlotStore, row: int, start: int, count: int) -> None:
+        self._heads, self._store = heads, store
+        self._row, self._start, self._end = row, start, start + count
+        store.reserve(self._end)
+        self._rotation = heads.rotary.at(start, count)
+        self._views = {window: view(start, count, window) for window in set(heads.windows)}
+
+    def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
+        """See `Attend`; B is 1."""
+        heads, columns = self._heads, self._store.layers[layer]
+        q, k, v = heads.rotated(stacked_BTGC, self._rotation)
+        columns.write_row(self._row, self._start, k[0], v[0])
+        k, v = columns.read(slice(self._row, self._row + 1), self._end)
+        return heads.attention(q, k, v, self._views[heads.windows[layer]])
 
 
 class Block:
-    """Consecutive rows of a store, extended by equally many tokens each.
+    """Consecutive rows of a store, extended by a few tokens each.
 
     Args:
         heads: the model's.
@@ -88,24 +120,28 @@ class Block:
     def __init__(self, heads: Heads, store: SlotStore, place: Place) -> None:
         self._heads, self._store, self._place = heads, store, place
         store.reserve(place.end)
-        self._rotation = heads.rotary.at(place.starts, place.count)
+        self._rotation = heads.rotary.stacked(
+            np.array(place.starts)[:, None] + np.arange(place.count),
+            heads.query + heads.kv,
+            heads.kv,
+        )
         self._views = {window: self._view(window) for window in set(heads.windows)}
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
-        heads, stacked = self._heads, stacked_BTGC.transpose(0, 2, 1, 3)
-        rotated = self._rotation(stacked[:, : heads.query + heads.kv])
-        keys, values = self._store.write(
-            layer, self._place, rotated[:, heads.query :], stacked[:, heads.query + heads.kv :]
-        )
-        return heads.attention(
-            rotated[:, : heads.query], keys, values, self._views[heads.windows[layer]]
-        )
+        heads, place, columns = self._heads, self._place, self._store.layers[layer]
+        rotated_BTGC = self._rotation(stacked_BTGC)
+        rows, count, _, width = rotated_BTGC.shape
+        new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
+        columns.write(place, new)
+        keys, values = columns.read(place.rows, place.end)
+        q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
+        return heads.attention(q_BHTC, keys, values, self._views[heads.windows[layer]])
 
     def _view(self, window: int | None) -> View:
         place = self._place
         if place.index is None:
-            return view(place.starts[0], place.count, window)
+            return view(place.start, place.count, window)
         return ragged_view(place.index[1], place.end, window)
 
 
@@ -121,11 +157,11 @@ class Segments:
         self._parts = tuple(parts)
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
-        """See `Attend`; one row in, one row out."""
+        """See `Attend`; B is 1."""
         outputs, start = [], 0
         for rows, count, attend in self._parts:
             end = start + rows * count
             piece = stacked_BTGC[:, start:end].reshape(rows, count, *stacked_BTGC.shape[2:])
-            outputs.append(attend(layer, piece).reshape(1, rows * count, -1))
+            outputs.append(attend(layer, piece))
             start = end
-        return mx.concatenate(outputs, axis=1)
+        return mx.concatenate(outputs)

@@ -104,4 +104,4 @@ def _describe(kind: mx.DeviceType) -> Device:
 def _kernels(on_cpu: bool) -> Kernels:
     if on_cpu and sys.platform != "darwin":
         return HostKernels()
-    return NativeKernels(fuse=not on_cpu)
+    return NativeKernels(fuse=not on_cpu, plain_vectors=mx.cuda.is_available())

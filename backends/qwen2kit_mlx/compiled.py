@@ -71,7 +71,7 @@ class MLXModel:
         check_tokens(tokens, self.spec, self.limit, "sequence")
         out_TV = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
         with mx.stream(self._device):
-            x_TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)))[0]
+            x_TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)))
             for start in range(0, len(tokens), LOGIT_ROWS):
                 rows = slice(start, start + LOGIT_ROWS)
                 out_TV[rows] = np.asarray(decoder.logits(x_TD[rows]).astype(mx.float32))
@@ -83,8 +83,8 @@ class MLXModel:
         check_tokens(tokens, self.spec, self.limit, "sequence")
         trace: list[mx.array] = []
         with mx.stream(self._device):
-            x_1TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)), trace)
-            states = mx.concatenate([*trace, decoder.final_norm(x_1TD)])
+            x_TD = decoder(_row(tokens), Fresh(decoder.heads, len(tokens)), trace)
+            states = mx.stack([*trace, decoder.final_norm(x_TD)])
             return np.array(states.astype(mx.float32))
 
     def score(self, requests: Sequence[ScoreRequest]) -> Iterator[tuple[int, Score]]:

@@ -31,13 +31,12 @@ class HostKernels(NativeKernels):
     def __init__(self) -> None:
         super().__init__(fuse=False)
 
-    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
         """See `Kernels.linear`."""
-        rows = _host(x).reshape(-1, x.shape[-1])
-        out = rows @ _host(weight).T
-        if bias is not None:
-            out += _host(bias)
-        return mx.array(out.reshape(*x.shape[:-1], -1)).astype(x.dtype)
+        out = _host(x) @ _host(weight)
+        if added is not None:
+            out += _host(added)
+        return mx.array(out).astype(x.dtype)
 
     def affine_linear(
         self,
@@ -51,7 +50,7 @@ class HostKernels(NativeKernels):
         if x.size <= 2 * x.shape[-1]:
             wide = (packed, scales, biases)
             return super().affine_linear(_wide(x), wide, bits, group_size).astype(x.dtype)
-        return self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits), None)
+        return self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits).T, None)
 
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask

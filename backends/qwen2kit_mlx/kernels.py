@@ -29,8 +29,9 @@ class Kernels(Protocol):
     lazy: bool
     stacks: bool
 
-    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-        """``x @ weight.T + bias``; ``x`` is ``[..., in]``, ``weight`` ``[out, in]``."""
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
+        """``x @ weight + added``: ``[N, in]``, ``[in, out]`` (transposed in memory), and
+        ``[out]`` or ``[N, out]``."""
         ...
 
     def affine_linear(
@@ -65,17 +66,24 @@ class NativeKernels:
     Args:
         fuse: compile elementwise chains into one kernel; worth it on GPUs only (on CPUs MLX calls
             the system's C++ compiler for it).
+        plain_vectors: add to products of one row in an operation of its own: MLX's CUDA build has
+            a matrix-vector kernel for plain products only, and calls cuBLAS for others.
     """
 
     lazy = True
     stacks = True
 
-    def __init__(self, *, fuse: bool) -> None:
+    def __init__(self, *, fuse: bool, plain_vectors: bool = False) -> None:
+        self._plain_vectors = plain_vectors
         self._swiglu = mx.compile(_swiglu, shapeless=True) if fuse else _swiglu
 
-    def linear(self, x: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
         """See `Kernels.linear`."""
-        return x @ weight.T if bias is None else mx.addmm(bias, x, weight.T)
+        if added is None:
+            return x @ weight
+        if self._plain_vectors and x.shape[0] == 1:
+            return x @ weight + added
+        return mx.addmm(added, x, weight)
 
     def affine_linear(
         self,

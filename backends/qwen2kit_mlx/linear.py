@@ -19,8 +19,8 @@ class Matrix(Protocol):
 
     bias: mx.array | None
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """``x [..., in] -> [..., out]``."""
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        """``x [N, in] -> [N, out]``, added to ``onto`` if given."""
         ...
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
@@ -37,9 +37,12 @@ class Dense:
 
     def __init__(self, kernels: Kernels, weight: mx.array, bias: mx.array | None = None) -> None:
         self.kernels, self.weight, self.bias = kernels, weight, bias
+        self._turned = weight.T
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.kernels.linear(x, self.weight, self.bias)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        if self.bias is None or onto is None:
+            return self.kernels.linear(x, self._turned, self.bias if onto is None else onto)
+        return onto + self.kernels.linear(x, self._turned, self.bias)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -66,9 +69,10 @@ class Affine:
         self.kernels, self.weight, self.bias = kernels, weight, bias
         self.bits, self.group_size = bits, group_size
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         y = self.kernels.affine_linear(x, self.weight, self.bits, self.group_size)
-        return y if self.bias is None else y + self.bias
+        y = y if self.bias is None else y + self.bias
+        return y if onto is None else onto + y
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -95,8 +99,9 @@ class Stacked:
     def __init__(self, parts: Sequence[Single], sizes: Sequence[int]) -> None:
         self.parts, self.sizes = tuple(parts), tuple(sizes)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return mx.concatenate([part(x) for part in self.parts], axis=-1)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        y = mx.concatenate([part(x) for part in self.parts], axis=-1)
+        return y if onto is None else onto + y
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         offset = 0

@@ -30,9 +30,9 @@ class LoRA:
         self.kernels, self.base, self.down, self.up = kernels, base, down, up
         self.bias = base.bias
 
-    def __call__(self, x: mx.array) -> mx.array:
-        narrow = self.kernels.linear(x, self.down, None)
-        return self.base(x) + self.kernels.linear(narrow, self.up, None)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        narrow = self.kernels.linear(x, self.down.T, None)
+        return self.kernels.linear(narrow, self.up.T, self.base(x, onto))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         base = self.base.dense_rows(start, stop)

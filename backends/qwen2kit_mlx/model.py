@@ -1,7 +1,7 @@
 """The Qwen2 decoder in MLX. It knows nothing of files, devices or sampling.
 
-Shape suffixes: B batch, T tokens, D hidden, H query heads, K kv heads, C head size, F feed-forward
-width (gate and up stacked: 2F), V vocabulary.
+Shape suffixes: B rows, T tokens per row, N = B * T, D hidden, G stacked heads (query, key, value),
+C head size, F feed-forward width (gate and up stacked: 2F), V vocabulary.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Decoder:
     def __call__(
         self, tokens_BT: mx.array, attend: Attend, trace: list[mx.array] | None = None
     ) -> mx.array:
-        """Residual stream ``[B, T, D]`` after the last layer, before the final norm.
+        """Residual stream ``[B * T, D]`` after the last layer, before the final norm.
 
         Args:
             tokens_BT: int32 ids.
@@ -69,18 +69,18 @@ class Decoder:
             trace: receives the embedding output and every layer's output.
         """
         rows, count = tokens_BT.shape
-        x_BTD = self.params.embed.embed(tokens_BT)
+        x_ND = self.params.embed.embed(tokens_BT.reshape(-1))
         if trace is not None:
-            trace.append(x_BTD)
+            trace.append(x_ND)
         for index, layer in enumerate(self.params.layers):
-            stacked = layer.qkv(self._norm(x_BTD, layer.input_norm))
+            stacked = layer.qkv(self._norm(x_ND, layer.input_norm))
             heads_BTGC = stacked.reshape(rows, count, -1, self.spec.head_dim)
-            x_BTD = x_BTD + layer.o(attend(index, heads_BTGC))
-            stacked_BT2F = layer.gate_up(self._norm(x_BTD, layer.post_norm))
-            x_BTD = x_BTD + layer.down(self.kernels.swiglu(*mx.split(stacked_BT2F, 2, axis=-1)))
+            x_ND = layer.o(attend(index, heads_BTGC), x_ND)
+            stacked_N2F = layer.gate_up(self._norm(x_ND, layer.post_norm))
+            x_ND = layer.down(self.kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
             if trace is not None:
-                trace.append(x_BTD)
-        return x_BTD
+                trace.append(x_ND)
+        return x_ND
 
     def final_norm(self, x: mx.array) -> mx.array:
         """The final RMSNorm of ``[..., D]``."""

@@ -10,7 +10,7 @@ product: it is applied as `score_scale` and never touches the tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import mlx.core as mx
 import numpy as np
@@ -37,45 +37,57 @@ class Rotary:
         self._exact = dtype == mx.float32
         self._periods = mx.array([1.0 / w for w in table.inv_freq], dtype=mx.float32)
 
-    def at(self, starts: Sequence[int], count: int) -> Rotation:
-        """The rotation of ``[B, heads, count, head_dim]``.
-
-        Args:
-            starts: first position of each row, or of all rows if there is one.
-            count: consecutive positions.
-        """
+    def at(self, start: int, count: int) -> Rotation:
+        """The rotation of ``[B, heads, count, head_dim]`` at ``count`` positions from ``start``."""
         if self._exact:
-            return self._by_table(np.array(starts)[:, None] + np.arange(count))
-        first = starts[0]
-        return self._fused(first if all(n == first for n in starts) else mx.array(list(starts)))
+            return _by_table(*self._tables(np.arange(start, start + count)))
+        return lambda x_BHTC: self._fused(x_BHTC, start)
 
-    def _by_table(self, positions_BT: NDArray[np.int64]) -> Rotation:
-        if (positions_BT == positions_BT[0]).all():
-            positions_BT = positions_BT[:1]
+    def scattered(self, positions_T: NDArray[np.int64]) -> Rotation:
+        """The rotation of ``[1, heads, T, head_dim]`` at any T positions."""
+        if self._exact:
+            return _by_table(*self._tables(positions_T))
+        offsets = mx.array(positions_T.astype(np.int32))
+
+        def rotate(x_1HTC: mx.array) -> mx.array:
+            return self._fused(x_1HTC.transpose(2, 1, 0, 3), offsets).transpose(2, 1, 0, 3)
+
+        return rotate
+
+    def stacked(self, positions_BT: NDArray[np.int64], turning: int, still: int) -> Rotation:
+        """The rotation of ``[B, T, turning + still, head_dim]``, in which the last ``still``
+        heads (values) stay as they are: a rotation by position 0, one operation for all."""
         rows, count = positions_BT.shape
-        cos, sin = self._table.cos_sin(positions_BT.reshape(-1))
-        shape = (rows, 1, count, self._dims // 2)
-        cos_B1TC = mx.array(cos.astype(np.float32).reshape(shape))
-        sin_B1TC = mx.array(sin.astype(np.float32).reshape(shape))
+        places_BTG = np.repeat(positions_BT[:, :, None], turning + still, axis=-1)
+        places_BTG[:, :, turning:] = 0
+        if self._exact:
+            return _by_table(*self._tables(places_BTG))
+        offsets = mx.array(places_BTG.reshape(-1).astype(np.int32))
+        shape = (rows * count * (turning + still), 1, 1, self._dims)
+        return lambda x_BTGC: self._fused(x_BTGC.reshape(shape), offsets).reshape(x_BTGC.shape)
 
-        def rotate(x_BHTC: mx.array) -> mx.array:
-            a, b = mx.split(x_BHTC, 2, axis=-1)
-            return mx.concatenate(
-                [a * cos_B1TC - b * sin_B1TC, b * cos_B1TC + a * sin_B1TC], axis=-1
-            )
+    def _tables(self, positions: NDArray[np.int64]) -> tuple[mx.array, mx.array]:
+        cos, sin = self._table.cos_sin(positions.reshape(-1))
+        shape = (*positions.shape, self._dims // 2)
+        return mx.array(cos.astype(np.float32).reshape(shape)), mx.array(
+            sin.astype(np.float32).reshape(shape)
+        )
 
-        return rotate
+    def _fused(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(
+            x,
+            self._dims,
+            traditional=False,
+            base=None,
+            scale=1.0,
+            offset=offset,
+            freqs=self._periods,
+        )
 
-    def _fused(self, offset: int | mx.array) -> Rotation:
-        def rotate(x_BHTC: mx.array) -> mx.array:
-            return mx.fast.rope(
-                x_BHTC,
-                self._dims,
-                traditional=False,
-                base=None,
-                scale=1.0,
-                offset=offset,
-                freqs=self._periods,
-            )
 
-        return rotate
+def _by_table(cos: mx.array, sin: mx.array) -> Rotation:
+    def rotate(x: mx.array) -> mx.array:
+        a, b = mx.split(x, 2, axis=-1)
+        return mx.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+    return rotate

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from qwen2kit.backend.protocol import Score, ScoreRequest
 from qwen2kit.generate.prefix import ScoreStep, Target, plan_scores
-from qwen2kit_mlx.attention import Block
+from qwen2kit_mlx.attention import Prompt
 from qwen2kit_mlx.device_logits import LOGIT_ROWS, log_sum_exp
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import PREFILL_TOKENS
-from qwen2kit_mlx.slot_store import Place, SlotStore
+from qwen2kit_mlx.slot_store import SlotStore
 
 
 def score(
@@ -51,9 +51,8 @@ def _feed(decoder: Decoder, store: SlotStore, step: ScoreStep) -> mx.array:
     scored: list[mx.array] = []
     for start in range(0, len(step.feed), PREFILL_TOKENS):
         tokens = step.feed[start : start + PREFILL_TOKENS]
-        place = Place.at(0, [step.keep + start], len(tokens))
-        attend = Block(decoder.heads, store, place)
-        hidden_TD = decoder(mx.array([tokens], dtype=mx.int32), attend)[0]
+        attend = Prompt(decoder.heads, store, 0, step.keep + start, len(tokens))
+        hidden_TD = decoder(mx.array([tokens], dtype=mx.int32), attend)
         if start + len(tokens) > step.first_scored:
             scored.append(hidden_TD[max(0, step.first_scored - start) :])
         mx.eval(store.arrays(), scored)

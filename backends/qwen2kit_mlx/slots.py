@@ -13,12 +13,13 @@ import numpy as np
 from qwen2kit.backend.slots import Feed
 from qwen2kit.errors import WeightError
 from qwen2kit.weights.tensor import HostTensor
-from qwen2kit_mlx.attention import Attend, Block, Segments
+from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
+from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
 from qwen2kit_mlx.host_tensor import to_device, to_host
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import Piece, passes
-from qwen2kit_mlx.slot_store import Place, SlotStore
+from qwen2kit_mlx.slot_store import SlotStore
 
 CLEAR_EVERY = 256  # greedy steps between returns of unused device buffers
 
@@ -90,8 +91,9 @@ class MLXSlots:
         """See `PersistentSlots.export`."""
         for layer in range(self._decoder.spec.num_hidden_layers):
             with mx.stream(self._device):
-                pair = self._store.columns(layer, self._row[slot], length)
-                keys, values = (to_host(mx.contiguous(array)) for array in pair)
+                row = self._row[slot]
+                pair = self._store.layers[layer].read(slice(row, row + 1), length)
+                keys, values = (to_host(mx.contiguous(array[0])) for array in pair)
             yield f"layers.{layer}.keys", keys
             yield f"layers.{layer}.values", values
 
@@ -114,7 +116,7 @@ class MLXSlots:
             self._store.reserve(length)
             for layer, (keys, values) in enumerate(names):
                 pair = to_device(given[keys]), to_device(given[values])
-                self._store.fill(layer, self._row[slot], *pair)
+                self._store.layers[layer].write_row(self._row[slot], 0, *pair)
             mx.eval(self._store.arrays())
 
     def close(self) -> None:
@@ -134,8 +136,8 @@ class MLXSlots:
         return sorted(range(len(slots)), key=lambda i: self._row[slots[i]])
 
     def _greedy_step(self, place: Place, tokens_B: mx.array, limit: int | None) -> mx.array:
-        hidden_B1D = self._decoder(tokens_B[:, None], self._block(place))
-        ids_B = best_ids(self._decoder.logits(hidden_B1D[:, 0]), limit)
+        hidden_BD = self._decoder(tokens_B[:, None], self._block(place))
+        ids_B = best_ids(self._decoder.logits(hidden_BD), limit)
         mx.async_eval(ids_B)  # type: ignore[no-untyped-call]
         return ids_B
 
@@ -158,15 +160,19 @@ class MLXSlots:
             if piece.short:
                 tokens += [0] * (count - len(piece.tokens))
             else:
-                place = Place.at(self._row[piece.slot], [piece.start], len(piece.tokens))
-                parts.append((1, len(piece.tokens), self._block(place)))
+                parts.append((1, len(piece.tokens), self._prompt(piece)))
         if len(parts) == 1:
             rows, count, attend = parts[0]
         else:
             rows, count, attend = 1, len(tokens), Segments(parts)
         tokens_BT = mx.array(tokens, dtype=mx.int32).reshape(rows, count)
-        hidden_XD = self._decoder(tokens_BT, attend).reshape(len(tokens), -1)
+        hidden_XD = self._decoder(tokens_BT, attend)
         return hidden_XD, found
+
+    def _prompt(self, piece: Piece) -> Prompt:
+        return Prompt(
+            self._decoder.heads, self._store, self._row[piece.slot], piece.start, len(piece.tokens)
+        )
 
     def _block(self, place: Place) -> Block:
         return Block(self._decoder.heads, self._store, place)

@@ -56,16 +56,28 @@ def test_rotation_is_exact_far_out(start: int, scaling: object) -> None:
     a, b = x[..., :32].astype(np.float64), x[..., 32:].astype(np.float64)
     expected = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1) / factor
     rotary = Rotary(spec, mx.float32)
-    assert np.abs(np.array(rotary.at([start], 4)(mx.array(x))) - expected).max() < 1e-6
+    assert np.abs(np.array(rotary.at(start, 4)(mx.array(x))) - expected).max() < 1e-6
     assert rotary.score_scale == pytest.approx(factor**2 / 8)
 
 
-def test_half_precision_rotation_equals_the_table_per_row() -> None:
+def test_every_way_to_rotate_is_the_same() -> None:
+    """Any positions, with values that stay, fused or by table, as one row after the other."""
     spec = small_spec(head_dim=16)
-    x = mx.random.normal((3, 2, 1, 16)).astype(mx.float16)
-    exact = Rotary(spec, mx.float32).at([3, 0, 90], 1)(x.astype(mx.float32))
-    fused = Rotary(spec, mx.float16).at([3, 0, 90], 1)(x)
-    assert np.abs(np.array(fused.astype(mx.float32)) - np.array(exact)).max() < 4e-3
+    x = mx.random.normal((2, 3, 5, 16)).astype(mx.float16)  # rows, tokens, heads (two are values)
+    positions = np.array([[3, 4, 5], [90, 91, 92]])
+    exact = Rotary(spec, mx.float32)
+    rows = [exact.at(int(n[0]), 3)(r.astype(mx.float32).transpose(1, 0, 2)[None, :3])
+            for n, r in zip(positions, x, strict=True)]  # fmt: skip
+    expected = np.concatenate([np.array(row.transpose(0, 2, 1, 3)) for row in rows])
+    for dtype, tolerance in ((mx.float32, 1e-6), (mx.float16, 4e-3)):
+        rotary, values = Rotary(spec, dtype), x.astype(dtype)
+        stacked = np.array(rotary.stacked(positions, 3, 2)(values).astype(mx.float32))
+        assert np.abs(stacked[:, :, :3] - expected).max() < tolerance
+        assert np.array_equal(stacked[:, :, 3:], np.array(values[:, :, 3:].astype(mx.float32)))
+        flat = values.reshape(1, 6, 5, 16).transpose(0, 2, 1, 3)[:, :3]
+        scattered = rotary.scattered(positions.reshape(-1))(flat).transpose(0, 2, 1, 3)
+        got = np.array(scattered.astype(mx.float32)).reshape(2, 3, 3, 16)
+        assert np.abs(got - expected).max() < tolerance
 
 
 def test_compiled_elementwise_chains_change_nothing() -> None:
