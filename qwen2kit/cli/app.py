@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from qwen2kit.cli.bench import bench
 from qwen2kit.cli.chat import chat
 from qwen2kit.cli.convert import convert
 from qwen2kit.cli.data import data
@@ -19,6 +20,7 @@ from qwen2kit.cli.launch import launch
 from qwen2kit.cli.output import fail
 from qwen2kit.cli.parity import parity
 from qwen2kit.cli.plan import plan
+from qwen2kit.cli.serve import serve
 from qwen2kit.cli.train import train
 from qwen2kit.errors import Qwen2KitError
 
@@ -34,6 +36,8 @@ for _name, _command in (
     ("train", train),
     ("convert", convert),
     ("chat", chat),
+    ("bench", bench),
+    ("serve", serve),
     ("parity", parity),
     ("inspect", inspect),
     ("plan", plan),

@@ -1,0 +1,128 @@
+"""``qwen2kit serve``: OpenAI's API over a model of ours, with a chat page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qwen2kit.cli.output import console
+from qwen2kit.errors import ConfigError, MissingExtra
+
+if TYPE_CHECKING:
+    from qwen2kit.backend.loading import LoadedModel
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; default its file name.")
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="QWEN2KIT_API_KEY",
+            show_envvar=True,
+            help="Asked of every client as bearer token; the variable hides it from ps.",
+        ),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    adapter: Annotated[
+        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
+    ] = None,
+    context: Annotated[
+        int, typer.Option(min=2, help="Longest sequence, prompt and answer, in tokens.")
+    ] = 8192,
+    slots: Annotated[int, typer.Option(min=1, help="Sequences computed together.")] = 16,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Sequences that may wait; more get status 429.")
+    ] = 64,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Most prompt tokens read between two steps.")
+    ] = 2048,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer; default what the context holds.")
+    ] = None,
+    max_choices: Annotated[
+        int, typer.Option(min=1, help="Most choices of one request (n times prompts).")
+    ] = 16,
+    max_body: Annotated[int, typer.Option(min=1, help="Largest request body in MiB.")] = 8,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds running requests get after SIGTERM.")
+    ] = 30.0,
+) -> None:
+    """Serve a model over HTTP: OpenAI's API, metrics, and a chat page at /."""
+    _require_extra()
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+        raise ConfigError("--api-key must be printable ASCII and not empty")
+    from qwen2kit.engine.text import TextEngine
+    from qwen2kit.serve.limits import Limits
+    from qwen2kit.serve.server import Serving, listen
+    from qwen2kit.serve.server import serve as run
+
+    limits = Limits(
+        slots=slots,
+        queue=queue,
+        max_tokens=max_tokens,
+        max_choices=max_choices,
+        max_body=max_body << 20,
+        grace=grace,
+    )
+    bound = listen(host, port)
+    loaded = _load(model, backend=backend, dtype=dtype, device=device, adapter=adapter)
+    capacity = min(context, loaded.model.limit)
+    engine = TextEngine(loaded, slots=slots, capacity=capacity, prefill_tokens=prefill_tokens)
+    serving = Serving(
+        loaded=loaded,
+        name=name or _name(model),
+        engine=engine,
+        capacity=capacity,
+        limits=limits,
+        api_key=api_key,
+    )
+    run(serving, bound, lambda: _announce(serving.name, host, bound.getsockname()[1], api_key))
+
+
+def _require_extra() -> None:
+    from importlib.util import find_spec
+
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if find_spec(package) is None:
+            raise MissingExtra("serve", package)
+
+
+def _load(model: str, *, backend: str, dtype: str, device: str, adapter: str | None) -> LoadedModel:
+    from qwen2kit.backend.loading import load_model
+    from qwen2kit.backend.plan import ExecutionPlan
+
+    plan = ExecutionPlan(device=device, dtype=dtype)
+    with console().status(f"loading {model}"):
+        loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
+    for note in loaded.checkpoint.notes:
+        console().print(f"note: {note}", markup=False)
+    return loaded
+
+
+def _name(model: str) -> str:
+    """The last part of a path without ``.gguf``; a hub id as it is."""
+    path = Path(model)
+    if not path.exists():
+        return model
+    return path.resolve().name.removesuffix(".gguf")
+
+
+def _announce(name: str, host: str, port: int, api_key: str | None) -> None:
+    shown = f"[{host}]" if ":" in host else host
+    console().print(f"serving {name} at http://{shown}:{port}/v1", markup=False, soft_wrap=True)
+    console().print(f"chat page: http://{shown}:{port}/", markup=False, soft_wrap=True)
+    if api_key is None and host not in _LOOPBACK:
+        console().print(
+            "note: anybody who reaches this address may use it; set QWEN2KIT_API_KEY", markup=False
+        )

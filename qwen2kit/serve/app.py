@@ -1,0 +1,140 @@
+"""The HTTP application: routes, and how failures become answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp
+
+from qwen2kit.serve.chat import ChatAnswer
+from qwen2kit.serve.chat_request import ChatRequest
+from qwen2kit.serve.completion_request import CompletionRequest
+from qwen2kit.serve.completions import CompletionAnswer
+from qwen2kit.serve.errors import ApiError
+from qwen2kit.serve.exchange import EventStream, read, while_connected
+from qwen2kit.serve.middleware import Counted, KeyGuard, error_response
+from qwen2kit.serve.page import page_response
+from qwen2kit.serve.service import Service
+from qwen2kit.serve.ticket import Job
+
+PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def make_app(service: Service, api_key: str | None = None) -> ASGIApp:
+    """The application of one service.
+
+    Args:
+        service: the model.
+        api_key: what clients must send as bearer token; None asks for none.
+    """
+    app = FastAPI(title="qwen2kit", docs_url=None, redoc_url=None, openapi_url=None)
+    _add_information(app, service)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        asked = await read(request, ChatRequest, service.limits.max_body)
+        return await _answer(service, request, ChatAnswer(service, asked), bool(asked.stream))
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        asked = await read(request, CompletionRequest, service.limits.max_body)
+        return await _answer(service, request, CompletionAnswer(service, asked), bool(asked.stream))
+
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _bug)
+    return Counted(KeyGuard(app, api_key), service.metrics)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    """The routes that generate nothing."""
+
+    @app.get("/")
+    async def page() -> Response:
+        return page_response()
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return _model(service)
+
+    @app.get("/health")
+    @app.get("/health/ready")
+    async def ready() -> Response:
+        dispatcher = service.dispatcher
+        if dispatcher.failure is not None:
+            return JSONResponse({"status": "failed"}, 503)
+        if dispatcher.draining:
+            return JSONResponse({"status": "draining"}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/health/live")
+    async def live() -> Response:
+        failed = service.dispatcher.failure is not None
+        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=PROMETHEUS)
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "qwen2kit",
+        "max_model_len": service.capacity,
+    }
+
+
+async def _answer(
+    service: Service, request: Request, answer: ChatAnswer | CompletionAnswer, streams: bool
+) -> Response:
+    job: Job | None = None
+
+    def release() -> None:
+        if job is not None:
+            service.dispatcher.cancel(job)
+
+    try:
+        job = await while_connected(request, answer.start())
+        if streams:
+            documents: AsyncIterator[dict[str, Any]] = answer.stream(job)  # type: ignore[arg-type]
+            return EventStream(documents, release)
+        return JSONResponse(await while_connected(request, answer.whole(job)))  # type: ignore[arg-type]
+    except BaseException:
+        release()
+        raise
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the same shape as everything else."""
+    assert isinstance(error, HTTPException)
+    code = "unknown_url" if error.status_code == 404 else None
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    return error_response(ApiError(error.status_code, message, code=code))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this; the status is for the metrics."""
+    return Response(status_code=499)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    return error_response(ApiError(500, "internal error", kind="server_error"))

@@ -1,0 +1,159 @@
+"""``POST /v1/completions``."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from qwen2kit.serve.answers import Choice, Usage, new_id, pieces
+from qwen2kit.serve.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
+from qwen2kit.serve.errors import invalid
+from qwen2kit.serve.prompts import completion_prompts
+from qwen2kit.serve.scoring import PromptScores
+from qwen2kit.serve.service import Service
+from qwen2kit.serve.ticket import Job, Work
+from qwen2kit.serve.token_text import CompletionLogprobs, ScoredToken
+
+
+class CompletionAnswer:
+    """One request on its way: `start` it, then take `whole` or `stream`.
+
+    Args:
+        service: the model.
+        request: checked.
+    """
+
+    def __init__(self, service: Service, request: CompletionRequest) -> None:
+        self._service = service
+        self._request = request
+        self._tokenizer = service.loaded.tokenizer
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self._prompts: list[tuple[int, ...]] = []
+        self._usage = Usage(0)
+
+    async def start(self) -> Job | None:
+        """Queue the work; None if nothing is to be generated.
+
+        Raises:
+            ApiError: the request cannot be carried out.
+        """
+        request = self._request
+        self._service.check_model(request.model)
+        self._service.dispatcher.check_room(len(request.prompts) * request.choices_per_prompt)
+        works = await asyncio.to_thread(self._works)
+        self._usage = Usage(sum(map(len, self._prompts)))
+        return await self._service.dispatcher.submit(works) if works else None
+
+    async def whole(self, job: Job | None) -> dict[str, Any]:
+        """The answer as one document."""
+        choices = self._choices()
+        scores = await self._scores()
+        if job is None:
+            for choice in choices:
+                choice.finish_reason = "length"
+        else:
+            async for piece in pieces(job, choices):
+                self._usage.completion_tokens += len(piece.tokens)
+        return {
+            **self._head,
+            "choices": [self._choice(choice, scores) for choice in choices],
+            "usage": self._usage.document(),
+        }
+
+    async def stream(self, job: Job | None) -> AsyncIterator[dict[str, Any]]:
+        """The answer as chunks."""
+        choices = self._choices()
+        offsets = [CompletionLogprobs(self._tokenizer) for _ in choices]
+        for choice in choices if self._request.echo else ():
+            yield self._chunk(choice.index, self._prompt_text(choice))
+        if job is None:
+            for choice in choices:
+                yield self._chunk(choice.index, "", reason="length")
+        else:
+            async for piece in pieces(job, choices):
+                self._usage.completion_tokens += len(piece.tokens)
+                logprobs = None
+                if self._request.logprobs is not None:
+                    tokens = [ScoredToken.of(event) for event in piece.tokens]
+                    logprobs = offsets[piece.index].render(tokens)
+                if piece.text or logprobs or piece.finish_reason:
+                    yield self._chunk(piece.index, piece.text, logprobs, piece.finish_reason)
+        if self._request.wants_usage:
+            yield {**self._head, "choices": [], "usage": self._usage.document()}
+
+    def _works(self) -> list[Work]:
+        request = self._request
+        self._prompts = completion_prompts(self._tokenizer, request)
+        for prompt in self._prompts:
+            if max(prompt) >= self._tokenizer.vocab_size:
+                raise invalid(
+                    f"prompt: token id {max(prompt)} is outside the vocabulary of "
+                    f"{self._tokenizer.vocab_size}",
+                    param="prompt",
+                )
+        if request.max_tokens == 0:
+            for prompt in self._prompts:
+                self._service.token_limit(len(prompt), None)
+            return []
+        limit = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        return self._service.works(
+            request,
+            self._prompts,
+            max_tokens=limit,
+            stop=request.stops,
+            top_logprobs=request.logprobs,
+        )
+
+    async def _scores(self) -> list[PromptScores]:
+        """Of every prompt, where the request wants them."""
+        top = self._request.logprobs
+        if not self._request.echo or top is None:
+            return []
+        return [await self._service.dispatcher.score(prompt, top) for prompt in self._prompts]
+
+    def _choices(self) -> list[Choice]:
+        return [
+            Choice(index) for index in range(len(self._prompts) * self._request.choices_per_prompt)
+        ]
+
+    def _choice(self, choice: Choice, scores: list[PromptScores]) -> dict[str, Any]:
+        echoed = self._prompt_text(choice) if self._request.echo else ""
+        logprobs = None
+        if self._request.logprobs is not None:
+            tokens = [ScoredToken.of(event) for event in choice.tokens]
+            if scores:
+                number = self._prompt_number(choice)
+                first = ScoredToken(self._prompts[number][0], None)
+                tokens = [first, *map(ScoredToken.of, scores[number]), *tokens]
+            offset = 0 if scores else len(echoed)
+            logprobs = CompletionLogprobs(self._tokenizer, offset).render(tokens)
+        return {
+            "index": choice.index,
+            "text": echoed + choice.text,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason,
+        }
+
+    def _chunk(
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+        chunk = {**self._head, "choices": [choice]}
+        return chunk | {"usage": None} if self._request.wants_usage else chunk
+
+    def _prompt_number(self, choice: Choice) -> int:
+        return choice.index // self._request.choices_per_prompt
+
+    def _prompt_text(self, choice: Choice) -> str:
+        return self._tokenizer.decode(self._prompts[self._prompt_number(choice)])
