@@ -1,0 +1,133 @@
+"""``qwen2kit bench``: how fast a model loads, reads and writes, beside what the device can do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qwen2kit.cli.output import console, emit_json
+from qwen2kit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit.bench.run import Subject, Workload
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(help="Directory, GGUF file, run directory or hub id.")
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(help="Random weights of a preset instead, e.g. qwen2-7b: needs no files."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens; '' skips.")] = (
+        "128,512,2048"
+    ),
+    contexts: Annotated[
+        str, typer.Option(help="Tokens before decoding one stream; '' skips.")
+    ] = "512",
+    streams: Annotated[str, typer.Option(help="Streams decoded together; '' skips.")] = "1,8,64",
+    prompt: Annotated[int, typer.Option(help="Prompt tokens of each of these.")] = 128,
+    new: Annotated[int, typer.Option(help="Generated tokens.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Repetitions of prefill and decoding.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Measure load time, prefill, decoding, many streams, latency and memory of a model.
+
+    Every speed stands beside its roof: bytes over measured bandwidth, products over measured rate.
+    """
+    from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit.bench.report import show
+    from qwen2kit.bench.run import Workload
+    from qwen2kit.bench.run import bench as run
+
+    if (model is None) == (random is None):
+        raise ConfigError("give a MODEL, or --random PRESET for random weights")
+    work = Workload(
+        prefill=_numbers("--prefill", prefill),
+        contexts=_numbers("--contexts", contexts),
+        streams=_numbers("--streams", streams),
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+    )
+    plan = ExecutionPlan(device=device, dtype=dtype)
+    screen = console()
+    with screen.status("loading") as status:
+        if random is not None:
+            subject = _random(random, backend, plan, work)
+        else:
+            subject = _loaded(str(model), backend, plan)
+        document = run(subject, work, notice=status.update)
+    for failure in document["failures"]:
+        screen.print(f"left out: {failure}", markup=False, soft_wrap=True)
+    if json:
+        emit_json(document)
+    else:
+        show(document, screen)
+    if plot is not None:
+        _plot(plot, document)
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}") from None
+
+
+def _loaded(name: str, backend: str, plan: ExecutionPlan) -> Subject:
+    from qwen2kit.backend.loading import load_model
+    from qwen2kit.bench.prompts import text_prompts
+    from qwen2kit.bench.run import Subject
+
+    loaded = load_model(name, backend=backend, plan=plan)
+    return Subject(
+        name=name,
+        backend=loaded.backend,
+        model=loaded.model,
+        plan=plan,
+        report=loaded.report,
+        weights=loaded.checkpoint.weights,
+        prompts=text_prompts(loaded.tokenizer),
+        vocab_limit=loaded.sampling().vocab_limit,
+    )
+
+
+def _random(preset_name: str, backend: str, plan: ExecutionPlan, work: Workload) -> Subject:
+    from qwen2kit.backend.meter import MeteredBackend
+    from qwen2kit.backend.registry import get
+    from qwen2kit.bench.prompts import random_prompts
+    from qwen2kit.bench.random_weights import RandomSource
+    from qwen2kit.bench.run import Subject
+    from qwen2kit.spec.presets import preset
+
+    chosen, spec = get(backend), preset(preset_name)
+    named = chosen.meter(plan).dtype if isinstance(chosen, MeteredBackend) else plan.dtype
+    weights = RandomSource(spec, "float32" if named == "auto" else named)  # type: ignore[arg-type]
+    model = chosen.compile(spec, plan)
+    report = model.load(weights)
+    return Subject(
+        name=f"{preset_name} (random weights)",
+        backend=chosen,
+        model=model,
+        plan=plan,
+        report=report,
+        weights=weights,
+        prompts=random_prompts(spec.vocab_size),
+    )
+
+
+def _plot(path: Path, document: dict[str, Any]) -> None:
+    from qwen2kit.bench.plot import plot_bench
+
+    written = plot_bench(path, document)
+    note = f"curves: {path}" if written else "no curves: matplotlib is not installed"
+    console().print(note, markup=False, soft_wrap=True)

@@ -1,0 +1,123 @@
+"""Roofs against counts made by hand, random weights, and what the report holds."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import numpy as np
+import pytest
+
+from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.registry import get, installed
+from qwen2kit.bench import measure
+from qwen2kit.bench.measure import measure_decode, measure_prefill, measure_throughput
+from qwen2kit.bench.prompts import random_prompts
+from qwen2kit.bench.random_weights import RandomSource
+from qwen2kit.bench.roof import Roof, decode_flops, decode_weight_bytes, prefill_flops
+from qwen2kit.errors import WeightError
+from qwen2kit.spec.hf import to_hf_config
+from qwen2kit.spec.presets import preset
+from qwen2kit.spec.schema import schema
+from qwen2kit.weights.match import check_fits
+from tests.conftest import small_spec
+
+
+def test_random_weights_fit_and_look_normal() -> None:
+    spec = preset("tiny")
+    source = RandomSource(spec, "bfloat16")
+    check_fits(spec, source)
+    for param in schema(spec):
+        values = source.read(param.name).float32()
+        assert values.shape == param.shape
+        assert source.info(param.name).dtype == "bfloat16"
+        if param.init == "normal":
+            assert abs(values.mean()) < 0.001
+            assert values.std() == pytest.approx(0.02, rel=0.05)
+            rows = values.reshape(-1, values.shape[-1])
+            assert len(np.unique(rows, axis=0)) == len(rows)
+        else:
+            assert (values == (param.init == "ones")).all()
+    with pytest.raises(WeightError, match="no tensor"):
+        source.read("nothing")
+
+
+def test_long_tensors_go_on_where_the_values_end() -> None:
+    spec = preset("qwen2-0.5b")
+    source = RandomSource(spec, "float32")
+    first = schema(spec)[0]
+    values = source.read(first.name).float32().reshape(-1)
+    assert (values[1_048_573 : 2 * 1_048_573] == values[:1_048_573]).all()
+    second = next(p for p in schema(spec)[1:] if p.init == "normal")
+    assert (source.read(second.name).float32().reshape(-1)[:9] != values[:9]).any()
+
+
+def test_weight_bytes_of_a_step() -> None:
+    """7B: 7,615,616,512 parameters less an embedding of 152,064 x 3,584; 0.5B is tied."""
+    for name, elements in (
+        ("qwen2-7b", 7_615_616_512 - 152_064 * 3_584),
+        ("qwen2-0.5b", 494_032_768),
+    ):
+        spec = preset(name)
+        source = RandomSource(spec, "bfloat16")
+        assert decode_weight_bytes(spec, source, "bfloat16") == 2 * elements
+
+
+def test_flops_are_those_torch_counts_in_transformers() -> None:
+    """It counts attention without the causal half, and the head at every token."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    spec, tokens = small_spec(), 7
+    config = transformers.Qwen2Config(**to_hf_config(spec, dtype="float32"))
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs(torch.zeros(1, tokens, dtype=torch.int64))
+    width = spec.num_attention_heads * spec.head_dim
+    half = 2 * spec.num_hidden_layers * width * tokens * tokens
+    head = 2 * spec.vocab_size * spec.hidden_size
+    assert counter.get_total_flops() == prefill_flops(spec, tokens) + half + (tokens - 1) * head
+    last = prefill_flops(spec, tokens) - prefill_flops(spec, tokens - 1) + head
+    assert decode_flops(spec, tokens - 0.5) == pytest.approx(last)
+
+
+def test_the_roof_is_the_slower_limit() -> None:
+    spec = preset("tiny")
+    roof = Roof(bandwidth=100.0, matmul=1e30, weights=1000, cache=10, spec=spec)
+    assert roof.decode(context=5, streams=2) == (1000 + 2 * 5 * 10) / 100
+    roof = Roof(bandwidth=1e30, matmul=1e6, weights=1000, cache=10, spec=spec)
+    assert roof.decode(5, 2) == pytest.approx(2 * decode_flops(spec, 5) / 1e6)
+    assert roof.prefill(9) == prefill_flops(spec, 9) / 1e6
+
+
+@pytest.mark.parametrize("name", ["torch", "mlx"])
+def test_measurements_by_a_clock_that_ticks(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The clock moves one second per look: once per step of the engine, once per start."""
+    if name not in installed():
+        pytest.skip(f"{name} is not installed")
+    spec = preset("tiny")
+    model = get(name).compile(spec, ExecutionPlan(dtype="float32"))
+    model.load(RandomSource(spec, "float32"))
+    ticks = count()
+    monkeypatch.setattr(measure, "perf_counter", lambda: float(next(ticks)))
+    prompts = random_prompts(spec.vocab_size)
+    found = measure_prefill(model, 20, prompts, 2, None)
+    assert found.tokens == 20
+    assert found.seconds >= 1
+    decode = measure_decode(model, 5, 6, prompts, 2, None)
+    assert (decode.context, decode.new, decode.drafted) == (5, 6, 0)
+    assert decode.tokens_per_second == 1
+    many = measure_throughput(model, 3, 5, 6, prompts, None)
+    assert many.slots == 3
+    assert many.decode_tokens_per_second == 3
+    assert many.tokens_per_second == 18 / many.seconds
+    assert many.first_token[0] <= many.first_token[2] <= many.seconds
+    assert many.between_tokens == (1.0, 1.0, 1.0)
+
+
+def test_prompts_differ() -> None:
+    prompts = random_prompts(50)
+    first, second = prompts(30), prompts(30)
+    assert len(first) == len(second) == 30
+    assert first != second
+    assert max(first + second) < 50
