@@ -1,39 +1,28 @@
-"""Continuous batching over a model's slots."""
+"""Continuous batching over a model's slots.
+
+Requests are admitted as slots get free, their prompts read in pieces between the steps of those
+that already speak (Orca, OSDI 2022; Sarathi-Serve, arXiv 2403.02310). A slot keeps its tokens when
+its request has ended: a later prompt that begins alike builds upon them.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Tokens
-from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
-from qwen2kit.backend.protocol import CompiledModel, TokenEvent
-from qwen2kit.backend.slots import Feed, Logits
-from qwen2kit.engine.drafting import Drafter
+from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
+from qwen2kit.backend.slots import Feed
+from qwen2kit.engine.drafting import Drafter, Unfinished
+from qwen2kit.engine.drawing import Block, draw
 from qwen2kit.engine.request import Request
+from qwen2kit.engine.run_ahead import RunAhead, can_run_ahead
 from qwen2kit.engine.sequence import Sequence, start
-
-
-@dataclass(slots=True)
-class EngineStats:
-    """Counts since the engine was made.
-
-    Attributes:
-        prompt_tokens: of admitted requests.
-        cached_tokens: those of them that were found in a slot and not computed again.
-        generated_tokens: drawn and handed out.
-        drafted: tokens proposed by the drafter.
-        accepted: those of them that were drawn.
-        steps: passes over the running batch.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    steps: int = 0
+from qwen2kit.engine.slot_table import Place, SlotTable
+from qwen2kit.engine.stats import EngineStats
+from qwen2kit.errors import BackendError, ConfigError
+from qwen2kit.generate.sampling import Drawn
 
 
 class Engine:
@@ -59,16 +48,24 @@ class Engine:
         prefill_tokens: int = 2048,
         drafter: Drafter | None = None,
     ) -> None:
+        if prefill_tokens < 1:
+            raise ConfigError(f"prefill_tokens must be at least 1, got {prefill_tokens}")
         self.stats = EngineStats()
         self.capacity = capacity
-        self._model = model
+        self._spec = model.spec
         self._prefill = prefill_tokens
         self._drafter = drafter
         self._slots = model.slots(slots, capacity)
-        self._free = list(range(self._slots.count))
+        self._table = SlotTable(self._slots.count)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
+        self._ahead: RunAhead | None = None
         self._last_key = -1
+
+    @property
+    def slots(self) -> int:
+        """Most requests that run at a time."""
+        return self._slots.count
 
     @property
     def waiting(self) -> int:
@@ -89,33 +86,57 @@ class Engine:
         """Queue a request; returns its key, which the events carry as ``prompt``.
 
         Raises:
-            BackendError: the prompt is empty, longer than a slot, or holds foreign token ids.
+            BackendError: the prompt is empty, longer than a slot, or it or a bias names a token
+                id outside the vocabulary.
         """
-        check_tokens(request.prompt, self._model.spec, self.capacity, "the prompt")
+        check_tokens(request.prompt, self._spec, self.capacity, "the prompt")
+        biased = max((token for token, _ in request.sampling.logit_bias), default=0)
+        if biased >= self._spec.vocab_size:
+            raise BackendError(
+                f"logit_bias holds token id {biased}, outside the vocabulary of "
+                f"{self._spec.vocab_size}"
+            )
         self._last_key += 1
         self._waiting.append(start(self._last_key, request, self.capacity))
         return self._last_key
 
     def cancel(self, key: int) -> None:
         """Forget a request; no event follows. Unknown and finished keys are ignored."""
-        self._waiting = deque(item for item in self._waiting if item.key != key)
         if key in self._running:
             self._release(self._running[key])
+            if self._ahead is not None and not self._ahead.worthwhile:
+                self._stop_running_ahead()
+        else:
+            self._waiting = deque(item for item in self._waiting if item.key != key)
 
     def step(self) -> list[TokenEvent]:
-        """Admit what fits, read some prompt, draw a token for every request that is ready."""
-        self._admit()
-        self.stats.steps += 1
-        feeds, ready = self._feeds()
-        if not feeds:
+        """Admit what fits, read some prompt, draw a token for every request that is ready.
+
+        An exception that leaves it makes the engine unfit for anything but `close`.
+
+        Raises:
+            BackendError: the model produced NaN or infinite logits.
+        """
+        if self._waiting and self._table.free:
+            self._stop_running_ahead()
+            self._admit()
+        if not self._running:
             return []
-        logits = self._slots.feed(feeds)
-        return [] if not ready else self._advance(ready, _draw(logits, ready))
+        self.stats.steps += 1
+        if self._drafter is None and self._ahead is None:
+            sequences = list(self._running.values())
+            if can_run_ahead(sequences):
+                self._ahead = RunAhead(self._slots, sequences)
+        events = self._follow_ahead()
+        return self._advance() if events is None else events
 
     def close(self) -> None:
         """Give the memory back; idempotent."""
+        self._stop_running_ahead()
         self._waiting.clear()
         self._running.clear()
+        if self._drafter is not None:
+            self._drafter.close()
         self._slots.close()
 
     def __enter__(self) -> Engine:
@@ -130,51 +151,125 @@ class Engine:
         self.close()
 
     def _admit(self) -> None:
-        while self._waiting and self._free:
-            sequence = self._waiting.popleft()
-            sequence.slot = self._free.pop()
-            self._running[sequence.key] = sequence
-            self.stats.prompt_tokens += len(sequence.tokens)
+        """Give slots to those that wait, in order; one that another one's prefix will soon serve
+        is passed over until then."""
+        for sequence in list(islice(self._waiting, self._table.free)):
+            place = self._table.find(sequence.tokens)
+            if place is not None:
+                self._waiting.remove(sequence)
+                self._seat(sequence, place)
 
-    def _feeds(self) -> tuple[list[Feed], list[Sequence]]:
-        feeds, ready, budget = [], [], self._prefill
+    def _seat(self, sequence: Sequence, place: Place) -> None:
+        if place.source != place.slot:
+            self._slots.copy(place.source, place.slot, place.keep)
+        self._table.take(place, sequence)
+        self._running[sequence.key] = sequence
+        self.stats.prompt_tokens += len(sequence.tokens)
+        self.stats.cached_tokens += place.keep
+        if self._drafter is not None:
+            self._drafter.begin(sequence.key, sequence.request)
+
+    def _follow_ahead(self) -> list[TokenEvent] | None:
+        """A step of the device's own; None if it takes none."""
+        pairs = None if self._ahead is None else self._ahead.step()
+        if pairs is None:
+            self._stop_running_ahead()
+            return None
+        events = []
+        for sequence, token in pairs:
+            sequence.fed += 1
+            events.append(self._event(sequence, token))
+        if self._ahead is not None and not self._ahead.worthwhile:
+            self._stop_running_ahead()
+        return events
+
+    def _stop_running_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _advance(self) -> list[TokenEvent]:
+        """One pass over all that run."""
+        drafts = self._drafts()
+        budget = self._prefill
+        feeds, blocks = [], []
         for sequence in self._running.values():
             count = sequence.unfed
             if count > 1:
                 count = min(count, budget)
                 budget -= count
-            if not count:
+            if count == 0:
                 continue
-            done = sequence.fed + count == len(sequence.tokens)
-            tokens = tuple(sequence.tokens[sequence.fed : sequence.fed + count])
-            feeds.append(Feed(sequence.slot, sequence.fed, tokens, int(done)))
-            sequence.fed += count
+            draft = drafts.get(sequence.key, ())
+            end = sequence.fed + count
+            done = end == len(sequence.tokens)
+            tokens = (*sequence.tokens[sequence.fed : end], *draft)
+            wanted = len(draft) + 1 if done else 0
+            feeds.append(Feed(sequence.slot, sequence.fed, tokens, wanted))
+            sequence.fed = end
             if done:
-                ready.append(sequence)
-        return feeds, ready
+                blocks.append(Block(sequence, draft))
+        logits = self._slots.feed(feeds)
+        if not blocks:
+            return []
+        drawn = draw(logits, blocks)
+        return [
+            event
+            for block, tokens_drawn in zip(blocks, drawn, strict=True)
+            for event in self._keep(block, tokens_drawn)
+        ]
 
-    def _advance(
-        self, ready: Tokens[Sequence], drawn: Tokens[tuple[int, float | None]]
-    ) -> list[TokenEvent]:
+    def _drafts(self) -> dict[int, tuple[int, ...]]:
+        if self._drafter is None:
+            return {}
+        asked = [
+            Unfinished(item.key, item.tokens, item.left - 1, item.sampler)
+            for item in self._running.values()
+            if item.unfed == 1 and item.left > 1
+        ]
+        guesses = self._drafter.propose(asked) if asked else []
+        self.stats.drafted += sum(map(len, guesses))
+        return {item.key: guess for item, guess in zip(asked, guesses, strict=True)}
+
+    def _keep(self, block: Block, drawn: list[Drawn]) -> list[TokenEvent]:
+        """Events of what was drawn, up to where the request ends."""
+        sequence = block.sequence
+        self.stats.accepted += len(drawn) - 1
+        sequence.fed += len(drawn) - 1
+        constraint = sequence.request.constraint
         events = []
-        for sequence, (token, logprob) in zip(ready, drawn, strict=True):
-            sequence.tokens.append(token)
-            sequence.left -= 1
-            reason = sequence.request.sampling.finish_reason(token, sequence.left)
-            events.append(TokenEvent(sequence.key, token, reason, logprob))
-            if reason is not None:
-                self._release(sequence)
-        self.stats.generated_tokens += len(events)
+        for place, (token, logprob, top) in enumerate(drawn, 1):
+            over = place == len(drawn) and constraint is not None and constraint.finished
+            events.append(self._event(sequence, token, logprob, top, over=over))
+            if events[-1].finish_reason is not None:
+                break
+        sequence.fed = min(sequence.fed, len(sequence.tokens))
         return events
+
+    def _event(
+        self,
+        sequence: Sequence,
+        token: int,
+        logprob: float | None = None,
+        top: tuple[tuple[int, float], ...] = (),
+        *,
+        over: bool = False,
+    ) -> TokenEvent:
+        """Count ``token`` as drawn; the last one, after which it is ``over``, gives the slot
+        back."""
+        sequence.tokens.append(token)
+        sequence.left -= 1
+        self.stats.generated_tokens += 1
+        sampling = sequence.request.sampling
+        reason: FinishReason | None = sampling.finish_reason(token, sequence.left)
+        if over:
+            reason = "stop"
+        if reason is not None:
+            self._release(sequence)
+        return TokenEvent(sequence.key, token, reason, logprob, top)
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
-        self._free.append(sequence.slot)
-
-
-def _draw(logits: Logits, ready: Tokens[Sequence]) -> list[tuple[int, float | None]]:
-    limits = {sequence.request.sampling.vocab_limit for sequence in ready}
-    if len(limits) == 1 and all(item.request.sampling.is_plain_greedy for item in ready):
-        return [(token, None) for token in logits.greedy(limits.pop())]
-    rows = logits.rows(range(len(ready)))
-    return [item.sampler.draw(row) for item, row in zip(ready, rows, strict=True)]
+        self._table.leave(sequence, self.stats.steps)
+        if self._drafter is not None:
+            self._drafter.forget(sequence.key)

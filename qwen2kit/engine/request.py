@@ -26,7 +26,7 @@ class Constraint(Protocol):
         ...
 
     def accept(self, token: int) -> None:
-        """Go on with ``token``, which the last mask allowed."""
+        """Go on with ``token``, which the last mask allowed; not called for stop ids."""
         ...
 
 

@@ -18,6 +18,7 @@ class Sequence:
         tokens: prompt, then everything drawn.
         left: tokens it may still produce.
         sampler: draws its tokens.
+        plain: whether its next token is a bare argmax.
         slot: where its keys and values are, once admitted.
         fed: positions of the slot that hold ``tokens``; the last drawn token is not fed until
             another one is wanted.
@@ -29,6 +30,7 @@ class Sequence:
     tokens: list[int]
     left: int
     sampler: Sampler
+    plain: bool
     slot: int = -1
     fed: int = 0
     ended: int | None = None
@@ -48,4 +50,5 @@ def start(key: int, request: Request, capacity: int) -> Sequence:
         list(request.prompt),
         min(request.sampling.max_new_tokens, room),
         Sampler(request.sampling, request.prompt, request.stream),
+        request.sampling.is_plain_greedy and request.constraint is None,
     )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from qwen2kit.backend.protocol import FinishReason, TokenEvent
 from qwen2kit.engine.drafting import Drafter
-from qwen2kit.engine.engine import Engine, EngineStats
+from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Constraint, Request
+from qwen2kit.engine.stats import EngineStats
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.generate.stream import TextStream
 

@@ -45,3 +45,14 @@ def pack_mask(allowed: NDArray[np.bool_]) -> NDArray[np.uint32]:
     padded = np.zeros(-(-len(allowed) // 32) * 32, dtype=bool)
     padded[: len(allowed)] = allowed
     return np.packbits(padded, bitorder="little").view("<u4").astype(np.uint32)
+
+
+def only_allowed(allowed: NDArray[np.uint32]) -> int | None:
+    """The one id that a packed mask allows; None if it allows another number of them."""
+    import numpy as np
+
+    (words,) = np.nonzero(allowed)
+    if len(words) != 1:
+        return None
+    word = int(allowed[words[0]])
+    return 32 * int(words[0]) + word.bit_length() - 1 if word & (word - 1) == 0 else None

@@ -1,0 +1,133 @@
+"""Drawing the tokens of one step: every request by its own rules, drafts checked on the way.
+
+A request with ``k`` drafted tokens has ``k + 1`` rows of logits. Its sampler draws from one after
+the other for as long as the draws are the drafted tokens; what it draws is therefore what it would
+have drawn without a draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from typing import NamedTuple
+
+from qwen2kit.backend.slots import Edit, Logits, Shortlist
+from qwen2kit.engine.sequence import Sequence
+from qwen2kit.generate.edit import only_allowed
+from qwen2kit.generate.sampling import Drawn
+
+
+class Block(NamedTuple):
+    """Rows of one sequence: that of its last token and those of the draft after it."""
+
+    sequence: Sequence
+    draft: tuple[int, ...] = ()
+
+
+def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
+    """Tokens of every block: the draft as far as it was right, and one more.
+
+    Args:
+        logits: rows of the blocks, one after the other.
+        blocks: at least one.
+
+    Raises:
+        BackendError: NaN, or nothing to choose from.
+    """
+    limits = {block.sequence.request.sampling.vocab_limit for block in blocks}
+    if len(limits) == 1 and all(block.sequence.plain for block in blocks):
+        return _greedy(logits.greedy(limits.pop()), blocks)
+    walks, row = [], 0
+    for block in blocks:
+        walks.append(_Walk(block, row))
+        row += len(block.draft) + 1
+    size = max(block.sequence.request.sampling.shortlist_size for block in blocks)
+    shortlist = logits.shortlist(size, [edit for walk in walks for edit in walk.edits])
+    going = walks
+    while going:
+        stuck = [walk for walk in going if not walk.follow(shortlist)]
+        whole = logits.rows([walk.row for walk in stuck]) if stuck else ()
+        for walk, logits_V in zip(stuck, whole, strict=True):
+            walk.add(walk.sampler.draw(logits_V, walk.edit))
+        going = [walk for walk in stuck if not walk.done]
+    return [walk.drawn for walk in walks]
+
+
+def _greedy(best: list[int], blocks: Many[Block]) -> list[list[Drawn]]:
+    found, row = [], 0
+    for block in blocks:
+        drawn = [Drawn(best[row])]
+        for place, token in enumerate(block.draft, 1):
+            if drawn[-1].token != token:
+                break
+            drawn.append(Drawn(best[row + place]))
+        found.append(drawn)
+        row += len(block.draft) + 1
+    return found
+
+
+class _Walk:
+    """One block while it is drawn.
+
+    Attributes:
+        edits: of its rows. Where a constraint must see the draws before it can tell, only the
+            first one is final.
+        drawn: so far.
+        done: whether nothing more is to be drawn.
+        edit: of the next draw.
+        sampler: draws.
+    """
+
+    def __init__(self, block: Block, first: int) -> None:
+        self.drawn: list[Drawn] = []
+        self.done = False
+        self.sampler = block.sequence.sampler
+        self._draft = block.draft
+        self._first = first
+        self._request = block.sequence.request
+        self.edits: list[Edit] = self.sampler.edits(block.draft)
+        if self._request.constraint is not None:
+            self.edits[0] = self.sampler.edit(self._request.constraint.mask())
+        self.edit = self.edits[0]
+
+    @property
+    def row(self) -> int:
+        """That of the next draw."""
+        return self._first + len(self.drawn)
+
+    def follow(self, shortlist: Shortlist) -> bool:
+        """Draw as long as ``shortlist`` tells; whether that was to the end."""
+        while not self.done:
+            late = self.drawn and self._request.constraint is not None
+            drawn = self._forced() if late else self.sampler.draw_short(
+                shortlist, self.row, self.edit
+            )  # fmt: skip
+            if drawn is None:
+                return False
+            self.add(drawn)
+        return True
+
+    def add(self, drawn: Drawn) -> None:
+        """Go on after ``drawn``."""
+        place = len(self.drawn)
+        self.drawn.append(drawn)
+        token, constraint = drawn.token, self._request.constraint
+        self.done = place == len(self._draft) or self._draft[place] != token
+        if token in self._request.sampling.stop_token_ids:
+            self.done = True
+        elif constraint is not None:
+            constraint.accept(token)
+            self.done |= constraint.finished
+        if self.done:
+            return
+        self.edit = self.edits[place + 1]
+        if constraint is not None:
+            self.edit = self.sampler.edit(constraint.mask())
+
+    def _forced(self) -> Drawn | None:
+        """The only token the constraint allows, if there is one and nothing else is asked."""
+        allowed = self.edit.allowed
+        token = None if allowed is None else only_allowed(allowed)
+        if token is None or self._request.sampling.reports:
+            return None
+        self.sampler.accept(token)
+        return Drawn(token)
