@@ -42,7 +42,7 @@ class SlotTable:
 
     def find(self, prompt: list[int]) -> Place | None:
         """The best place for ``prompt``; None if a sequence that is still reading its own prompt
-        will soon hold much more of this one.
+        will soon hold much more of this one than any place does now.
 
         At least one token is left to compute. A slot must be free. A cached sequence is built
         upon where it lies if at most as much of it is lost as is kept; otherwise the slot that
@@ -53,19 +53,12 @@ class SlotTable:
         for slot, held in enumerate(self._held):
             if held is not None and held.tokens[0] == prompt[0]:
                 common = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
-                usable[slot] = min(common, held.fed)
-                if held.ended is None and held.unfed > 1:
+                if held.ended is None and held.fed < common:
                     promised = max(promised, common)
-        source = max(range(len(usable)), key=usable.__getitem__)
-        keep = usable[source]
-        if promised - keep >= WORTH_COPYING:
-            return None
-        if source in self._free and self._length(source) <= 2 * keep:
-            return Place(source, source, keep)
-        oldest = min(self._free, key=self._left)
-        if keep - usable[oldest] >= WORTH_COPYING:
-            return Place(oldest, source, keep)
-        return Place(oldest, oldest, usable[oldest])
+                else:
+                    usable[slot] = min(common, held.fed)
+        place = self._place(usable)
+        return None if promised - place.keep >= WORTH_COPYING else place
 
     def take(self, place: Place, sequence: Sequence) -> None:
         """``sequence`` now holds ``place.slot``."""
@@ -77,6 +70,16 @@ class SlotTable:
         """``sequence`` has ended at time ``now``; what it fed stays until the slot is taken."""
         sequence.ended = now
         self._free.add(sequence.slot)
+
+    def _place(self, usable: list[int]) -> Place:
+        source = max(range(len(usable)), key=usable.__getitem__)
+        keep = usable[source]
+        if source in self._free and self._length(source) <= 2 * keep:
+            return Place(source, source, keep)
+        oldest = min(self._free, key=self._left)
+        if keep - usable[oldest] >= WORTH_COPYING:
+            return Place(oldest, source, keep)
+        return Place(oldest, oldest, usable[oldest])
 
     def _length(self, slot: int) -> int:
         held = self._held[slot]

@@ -54,7 +54,7 @@ class ReferenceCompiled:
 
     def slots(self, count: int, capacity: int) -> Slots:
         self.batches.append(count)
-        return CountedSlots(self, count, capacity)
+        return CountedSlots(self, count, capacity)  # type: ignore[arg-type]
 
 
 class CountedSlots(RecomputingSlots):

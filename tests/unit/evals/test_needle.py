@@ -65,7 +65,8 @@ def haystack(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> 
 def finder(tiny: Path, reach: float) -> Any:
     loaded = load_reference(tiny)
     spec = replace(loaded.checkpoint.spec, max_position_embeddings=4096)
-    return replace(loaded, model=Finder(loaded.tokenizer, reach, spec))
+    model: Any = Finder(loaded.tokenizer, reach, spec)
+    return replace(loaded, model=model)
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])

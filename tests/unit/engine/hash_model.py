@@ -1,0 +1,133 @@
+"""A model whose next-token logits are a hash of everything before them.
+
+Nothing is like anything else: a token lost, doubled, or fed to the wrong slot changes all that
+follows. Quick enough for thousands of random schedules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2kit.backend.conformance.models import UNTIED
+from qwen2kit.backend.protocol import FinishReason
+from qwen2kit.backend.slots import Feed
+from qwen2kit.engine.host_logits import HostLogits
+from qwen2kit.engine.recompute import RecomputingSlots
+from qwen2kit.engine.request import Constraint, Request
+from qwen2kit.generate.edit import pack_mask
+from qwen2kit.generate.sampling import Drawn, Sampler
+
+VOCAB = 80
+_TABLE = np.random.default_rng(0).standard_normal((1009, VOCAB)).astype(np.float32) * 3
+
+
+class HashModel:
+    """Just enough of a `CompiledModel` to generate; remembers the slots it gave."""
+
+    def __init__(self, limit: int = 96) -> None:
+        self.spec = replace(UNTIED, vocab_size=VOCAB)
+        self.limit = limit
+        self.given: list[WatchedSlots] = []
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        state, rows = 1, []
+        for token in tokens:
+            state = (state * 31 + token + 7) % 1_000_003
+            rows.append(_TABLE[state % 1009] + np.float32(state % 17 / 10) * _TABLE[state % 1007])
+        return np.stack(rows)
+
+    def slots(self, count: int, capacity: int) -> WatchedSlots:
+        self.given.append(WatchedSlots(self, count, capacity))
+        return self.given[-1]
+
+
+class WatchedSlots(RecomputingSlots):
+    """Counts what is asked of it; what a closed run leaves beyond its end is rubbish."""
+
+    def __init__(self, model: HashModel, count: int, capacity: int) -> None:
+        super().__init__(model, count, capacity)  # type: ignore[arg-type]
+        self.fed: list[list[Feed]] = []
+        self.copies: list[tuple[int, int, int]] = []
+        self.runs = self.run_steps = 0
+        self.running = False
+        self.closed = False
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        assert not self.running, "a run is still going on"
+        self.fed.append(list(feeds))
+        return super().feed(feeds)
+
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        self.runs += 1
+        assert not self.running
+        run = super().run_greedy(feeds, limit)
+        try:
+            while (ids := next(run, None)) is not None:
+                self.fed.pop()
+                self.run_steps += 1
+                self.running = True
+                yield ids
+                self.running = False
+        finally:
+            self.running = False
+            for feed in feeds:
+                held = self._held[feed.slot]
+                held += [0] * (self.capacity - len(held))
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert not self.running
+        assert source != target
+        self.copies.append((source, target, length))
+        super().copy(source, target, length)
+
+    def close(self) -> None:
+        self.closed = True
+        super().close()
+
+
+class EveryThird(Constraint):
+    """Allows the ids that are ``turn`` modulo 3, only ``turn`` itself every fourth time; ends
+    after ``length`` tokens."""
+
+    def __init__(self, turn: int, length: int) -> None:
+        self.turn, self.left, self.count = turn, length, 0
+
+    @property
+    def finished(self) -> bool:
+        return self.left == 0
+
+    def mask(self) -> NDArray[np.uint32] | None:
+        assert not self.finished
+        allowed = np.arange(VOCAB) % 3 == self.turn
+        if self.count % 4 == 3:
+            allowed = np.arange(VOCAB) == self.turn
+        return None if self.count == 1 else pack_mask(allowed)
+
+    def accept(self, token: int) -> None:
+        mask = self.mask()
+        assert mask is None or mask[token // 32] >> (token % 32) & 1
+        self.turn, self.left, self.count = token % 3, self.left - 1, self.count + 1
+
+
+def alone(model: HashModel, request: Request, room: int) -> list[tuple[Drawn, FinishReason | None]]:
+    """What ``request`` gives by itself: one whole row after the other, no engine."""
+    sampler = Sampler(request.sampling, request.prompt, request.stream)
+    tokens, found = list(request.prompt), []
+    left = min(request.sampling.max_new_tokens, room)
+    constraint = request.constraint
+    while True:
+        edit = sampler.edit(None if constraint is None else constraint.mask())
+        drawn = sampler.draw(model.logits(tokens)[-1], edit)
+        tokens.append(drawn.token)
+        left -= 1
+        reason = request.sampling.finish_reason(drawn.token, left)
+        if reason != "stop" and constraint is not None:
+            constraint.accept(drawn.token)
+            reason = "stop" if constraint.finished else reason
+        found.append((drawn, reason))
+        if reason is not None:
+            return found
