@@ -18,6 +18,7 @@ from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.devices import resolve_device, resolve_dtype
 from qwen2kit_torch.engine.eager import EagerSlots
+from qwen2kit_torch.engine.joined import JoinedWeights, can_capture, join
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.prefill import logits_in_slices
 from qwen2kit_torch.score import score
@@ -55,11 +56,13 @@ class TorchModel:
         self.limit = context_limit(spec, plan)
         if plan.cpu_threads is not None:
             torch.set_num_threads(plan.cpu_threads)
+        self._joined: JoinedWeights | None = None
         masters = plan.train is not None
         self.module = Qwen2(spec, device="meta", dtype=torch.float32 if masters else self.dtype)
 
     def load(self, weights: WeightSource) -> LoadReport:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
+        self._joined = None
         return load_weights(self.module, weights, device=self.device)
 
     def export(self) -> Iterator[tuple[str, HostTensor]]:
@@ -106,7 +109,16 @@ class TorchModel:
                 f"slots({count}, {capacity}): a model takes at least one slot, of 1 to "
                 f"{self.limit} tokens"
             )
+        if self.plan.train is None and can_capture(self.module, self.device):
+            return self._graph_slots(count, capacity)
         return EagerSlots(self.module, count=count, capacity=capacity)
+
+    def _graph_slots(self, count: int, capacity: int) -> PersistentSlots:
+        from qwen2kit_torch.engine.graphs import GraphSlots
+
+        if self._joined is None:
+            self._joined = join(self.module)
+        return GraphSlots(self.module, self._joined, count=count, capacity=capacity)
 
     def _check(self, tokens: Sequence[int], what: str) -> None:
         self._check_loaded()

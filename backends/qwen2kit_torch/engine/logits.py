@@ -6,6 +6,7 @@ Shapes: N rows, V vocabulary, k shortlist, E edited logits of all rows together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -68,9 +69,16 @@ def check_finite(best: NDArray[np.float64]) -> None:
         BackendError: one is NaN or infinite.
     """
     if not np.isfinite(best).all():
-        raise BackendError(
-            "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
-        )
+        refuse_non_finite()
+
+
+def refuse_non_finite() -> NoReturn:
+    """Say that logits are no numbers.
+
+    Raises:
+        BackendError: always.
+    """
+    raise BackendError("the model produced NaN or infinite logits; use dtype bfloat16 or float32")
 
 
 def _edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:

@@ -1,0 +1,169 @@
+"""Slots on CUDA: few tokens go through a captured step, many through the network itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen2kit.backend.slots import Feed
+from qwen2kit_torch.engine.eager import EagerSlots
+from qwen2kit_torch.engine.joined import JoinedWeights
+from qwen2kit_torch.engine.logits import DeviceLogits, refuse_non_finite
+from qwen2kit_torch.engine.step import HISTORY, Step
+from qwen2kit_torch.engine.tuning import power_of_two
+from qwen2kit_torch.model import Qwen2
+
+# More tokens than this are worth a pass without a graph.
+_MOST_ROWS = 256
+# Steps under way while the caller looks at an earlier one.
+_AHEAD = 4
+
+
+class GraphSlots(EagerSlots):
+    """Implements `qwen2kit.backend.slots.PersistentSlots`.
+
+    Args:
+        model: loaded, on a CUDA device.
+        weights: its joined weights.
+        count: slots asked for.
+        capacity: tokens of each.
+
+    Raises:
+        BackendError: not even one slot fits into memory.
+    """
+
+    def __init__(self, model: Qwen2, weights: JoinedWeights, *, count: int, capacity: int) -> None:
+        super().__init__(model, count=count, capacity=capacity)
+        self._weights = weights
+        self._steps: dict[int, CapturedStep] = {}
+        self._pool: Any = None
+
+    @torch.inference_mode()
+    def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
+        """Append tokens to slots; see the protocol."""
+        total = sum(len(feed.tokens) for feed in feeds)
+        if not 0 < total <= _MOST_ROWS:
+            return super().feed(feeds)
+        with torch.cuda.device(self._device):
+            step = self._step(total)
+            step.set_rows(feeds)
+            step.replay()
+            wanted: list[int] = []
+            done = 0
+            for feed in feeds:
+                done += len(feed.tokens)
+                wanted += range(done - feed.wanted, done)
+            return DeviceLogits(step.logits(wanted))
+
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        """Feed one token per slot and go on with the most likely ids; see the protocol."""
+        if len(feeds) > _MOST_ROWS:
+            yield from super().run_greedy(feeds, limit)
+            return
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            step = self._step(len(feeds))
+            step.set_rows(feeds, limit)
+        room = self.capacity - max(feed.start for feed in feeds)
+        launched = 0
+        for done in range(room):
+            with torch.inference_mode(), torch.cuda.device(self._device):
+                while launched < min(room, done + _AHEAD):
+                    step.replay_and_report(launched)
+                    launched += 1
+            ids = step.reported(done)[: len(feeds)]
+            if min(ids) < 0:
+                refuse_non_finite()
+            yield ids
+
+    def close(self) -> None:
+        """Give the memory back."""
+        super().close()
+        self._steps.clear()
+
+    def _step(self, rows: int) -> CapturedStep:
+        bucket = power_of_two(rows)
+        step = self._steps.get(bucket)
+        if step is None:
+            rope = self._model.rotary.tables(self.capacity, self._device, self._weights.norm.dtype)
+            early = torch.cuda.get_device_capability(self._device) >= (9, 0)
+            plain = Step(self._model.spec, self._weights, self._storage, bucket, rope, early=early)
+            step = self._steps[bucket] = CapturedStep(plain, bucket, self._pool)
+            self._pool = step.graph.pool()
+        return step
+
+
+class CapturedStep:
+    """A `Step` as a CUDA graph, and the way of its ids to the host.
+
+    Args:
+        step: not yet run.
+        count: its rows.
+        pool: memory shared with other graphs, none of which run at the same time.
+    """
+
+    def __init__(self, step: Step, count: int, pool: Any) -> None:
+        self._step, self._count = step, count
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step.run()  # compiles, and stores nothing: all slots are negative
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            step.run()
+        self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._ids = torch.empty(HISTORY, count, dtype=torch.int32, pin_memory=True)
+        self._events = [(_event(), _event()) for _ in range(HISTORY)]
+
+    def set_rows(self, feeds: Sequence[Feed], limit: int | None = None) -> None:
+        """Tokens, slots and positions of the next step; its number becomes 0."""
+        rows = np.zeros((3, self._count), dtype=np.int32)
+        rows[1] = -1
+        done = 0
+        for feed in feeds:
+            own = slice(done, done + len(feed.tokens))
+            rows[0, own] = feed.tokens
+            rows[1, own] = feed.slot
+            rows[2, own] = range(feed.start, feed.start + len(feed.tokens))
+            done = own.stop
+        step = self._step
+        step.rows.copy_(torch.from_numpy(rows))
+        step.count.zero_()
+        step.limit.fill_(step.logits.shape[1] if limit is None else limit)
+
+    def replay(self) -> None:
+        """Queue the step."""
+        self.graph.replay()
+
+    def logits(self, rows: Sequence[int]) -> Tensor:
+        """A copy of the logits ``[len(rows), V]`` of some rows."""
+        if list(rows) == list(range(len(rows))):
+            return self._step.logits[: len(rows)].clone()
+        return self._step.logits[torch.tensor(rows, device=self._step.logits.device)]
+
+    def replay_and_report(self, number: int) -> None:
+        """Queue step ``number``, and the copy of its ids on a stream of its own."""
+        place = number % HISTORY
+        computed, copied = self._events[place]
+        self.graph.replay()
+        computed.record()
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(computed)
+            self._ids[place].copy_(self._step.history[place], non_blocking=True)
+            copied.record()
+
+    def reported(self, number: int) -> list[int]:
+        """Ids that step ``number`` chose, when it is done."""
+        place = number % HISTORY
+        self._events[place][1].synchronize()
+        found: list[int] = self._ids[place].tolist()
+        return found
+
+
+def _event() -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return event

@@ -1,0 +1,130 @@
+"""The decoding step's Triton kernels, by Triton's interpreter, against the plain network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen2kit.backend.slots import Feed
+from tests.conftest import small_spec
+from tests.unit.torch.peers import SPECS, TOKENS, ours
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+KINDS = SPECS | {
+    "wide": small_spec(hidden_size=192, intermediate_size=328, vocab_size=517),
+}
+
+
+class Stepped:
+    """Slots whose single tokens go through a `Step`, run without any graph."""
+
+    def __init__(self, model: Any, count: int, capacity: int, rows: int) -> None:
+        from qwen2kit_torch.engine.eager import EagerSlots
+        from qwen2kit_torch.engine.joined import join
+        from qwen2kit_torch.engine.step import Step
+
+        self.eager = EagerSlots(model.module, count=count, capacity=capacity)
+        rope = model.module.rotary.tables(capacity, torch.device("cpu"), torch.float32)
+        self.step = Step(
+            model.spec, join(model.module), self.eager._storage, rows, rope, early=False
+        )
+        self.step.limit.fill_(model.spec.vocab_size)
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[tuple[int, int, int]]) -> Any:
+        """Logits of rows (token, slot, position); others are padding."""
+        padding = [(0, -1, 0)] * (self.step.rows.shape[1] - len(rows))
+        self.step.rows.copy_(torch.tensor([*rows, *padding], dtype=torch.int32).T)
+        self.step.run()
+        return self.step.logits[: len(rows)].numpy().copy()
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("rows", [1, 2])
+def test_steps_continue_what_the_network_began(name: str, rows: int) -> None:
+    model = ours(KINDS[name])
+    long = TOKENS * 5
+    expected = model.logits(long)
+    slots = Stepped(model, 3, len(long), rows)
+    slots.eager.feed([Feed(2, 0, tuple(long[:70]))])
+    for position in range(70, 73):
+        found = slots.run([(long[position], 2, position)])
+        np.testing.assert_allclose(found[0], expected[position], atol=1e-4)
+        token, _, moved = slots.step.rows[:, 0].tolist()
+        assert (token, moved) == (int(expected[position].argmax()), position + 1)
+    # The network goes on from the keys that the step has stored.
+    after = slots.eager.feed([Feed(2, 73, tuple(long[73:]))]).rows([0])
+    np.testing.assert_allclose(after[0], expected[-1], atol=1e-4)
+
+
+def test_rows_of_one_slot_see_each_other_in_order_and_no_other_slot() -> None:
+    model = ours(SPECS["window"])
+    other = TOKENS[::-1]
+    slots = Stepped(model, 3, 40, 8)
+    slots.eager.feed([Feed(0, 0, tuple(TOKENS[:9])), Feed(1, 0, tuple(other[:4]))])
+    rows = [(TOKENS[i], 0, i) for i in range(9, 14)] + [(other[4], 1, 4)]
+    found = slots.run(rows)
+    np.testing.assert_allclose(found[:5], model.logits(TOKENS)[9:14], atol=1e-4)
+    np.testing.assert_allclose(found[5], model.logits(other)[4], atol=1e-4)
+
+
+def test_ties_limits_and_nonsense_in_the_choice() -> None:
+    model = ours(SPECS["untied"])
+    for rows in (1, 4):
+        slots = Stepped(model, 1, 8, rows)
+        logits = slots.run([(5, 0, 0)])[0]
+        limit = int(logits.argmax())
+        slots.step.limit.fill_(limit)
+        slots.run([(5, 0, 0)])
+        assert slots.step.rows[0, 0] == logits[:limit].argmax()
+    weight = model.module.lm_head.weight.detach()
+    weight[11] = weight[60] = weight[int(logits.argmax())]
+    for rows in (1, 4):
+        slots = Stepped(model, 1, 8, rows)
+        slots.run([(5, 0, 0)])
+        assert slots.step.history[0, 0] == 11
+    weight[3] = torch.nan
+    for rows in (1, 4):
+        slots = Stepped(model, 1, 8, rows)
+        slots.run([(5, 0, 0)])
+        assert slots.step.history[0, 0] == -1
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_ranges_of_keys_join_to_plain_attention(length: int) -> None:
+    from qwen2kit_torch.engine.kernels import attention
+
+    torch.manual_seed(0)
+    heads, kv_heads, size, splits = 6, 2, 16, 4
+    queries = torch.randn(2, heads, size)
+    keys, values = torch.randn(2, 3, kv_heads, 256, size)
+    slots = torch.tensor([2, 0], dtype=torch.int32)
+    positions = torch.tensor([length - 1, 100], dtype=torch.int32)
+    out = torch.full((2, heads * size), torch.nan)
+    parts = torch.empty(2, kv_heads, splits, 16, size)
+    weights = torch.empty(2, kv_heads, splits, 16, 2)
+    arrived = torch.zeros(2, kv_heads, dtype=torch.int32)
+    for window in (0, 50):
+        attention.attend[(splits, kv_heads, 2)](
+            queries, keys, values, slots, positions, out, parts, weights, arrived, 256,
+            size**-0.5, heads, kv_heads, size, window, splits, 16, 16, False,
+        )  # fmt: skip
+        for row in range(2):
+            end = int(positions[row]) + 1
+            begin = max(0, end - window) if window else 0
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                queries[row, None, :, None],
+                keys[slots[row], None, :, begin:end],
+                values[slots[row], None, :, begin:end],
+                enable_gqa=True,
+            )
+            torch.testing.assert_close(out[row].view(1, heads, 1, size), expected)
+        assert not arrived.any()
