@@ -1,0 +1,160 @@
+"""The elementwise pieces of a training step alone: milliseconds, and bytes per second.
+
+    python benchmarks/training_kernels.py --preset qwen2-0.5b --rows 8 --json out.json
+
+Each of our kernels beside the same mathematics by torch.compile, at the shapes of one micro-batch
+of one layer, bfloat16; the loss kernel in several launches, on 8,192 positions. Bytes are those
+that must pass at least: what is read and written once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+Piece = tuple[str, Callable[[], Any], int]
+
+
+def rotation(arguments: argparse.Namespace) -> Iterator[Piece]:
+    """Rotated heads of the joint product, forward and backward."""
+    import torch
+
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.fused.rotation import rotated_heads
+    from qwen2kit_torch.rope import Rotary
+
+    spec = preset(arguments.preset)
+    heads, kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+    shape = (arguments.rows, arguments.seq_len, (heads + 2 * kv_heads) * spec.head_dim)
+    joint = torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    device = torch.device("cuda")
+    cos, sin = Rotary(spec).tables(arguments.seq_len, device, torch.bfloat16)
+    rope = (cos[: arguments.seq_len, None], sin[: arguments.seq_len, None])
+    for name, function in (
+        ("ours", lambda x: rotated_heads(x, *rope, heads, kv_heads)),
+        ("compiled", torch.compile(lambda x: plain_heads(x, *rope, heads, kv_heads))),
+    ):
+        yield from both_ways(f"rotation {name}", function, joint, 2 * joint.nbytes)
+
+
+def plain_heads(joint: Any, cos: Any, sin: Any, heads: int, kv_heads: int) -> Any:
+    """What `rotated_heads` computes, in plain PyTorch."""
+    from qwen2kit_torch.rope import rotate
+
+    parts = joint.view(*joint.shape[:2], heads + 2 * kv_heads, -1)
+    query, key, value = parts.split((heads, kv_heads, kv_heads), dim=-2)
+    return rotate(query, cos, sin), rotate(key, cos, sin), value
+
+
+def swiglu(arguments: argparse.Namespace) -> Iterator[Piece]:
+    """The activation of the joint gate and up product, forward and backward."""
+    import torch
+
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.fused.swiglu import swiglu
+
+    tokens = arguments.rows * arguments.seq_len
+    width = 2 * preset(arguments.preset).intermediate_size
+    joint = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    for name, function in (("ours", swiglu), ("compiled", torch.compile(plain_swiglu))):
+        yield from both_ways(f"swiglu {name}", function, joint, 3 * joint.nbytes // 2)
+
+
+def plain_swiglu(joint: Any) -> Any:
+    """What `swiglu` computes, in plain PyTorch."""
+    import torch
+
+    gate, up = joint.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def both_ways(name: str, function: Any, x: Any, forward_bytes: int) -> Iterator[Piece]:
+    """The forward pass, and the backward pass of its result kept."""
+    import torch
+
+    out = function(x)
+    parts = out if isinstance(out, tuple) else (out,)
+    slopes = [torch.randn_like(part) for part in parts]
+    written = sum(part.nbytes for part in parts)
+
+    def forward() -> None:
+        with torch.no_grad():
+            function(x)
+
+    def backward() -> None:
+        torch.autograd.grad(parts, x, slopes, retain_graph=True)
+
+    yield f"{name} forward", forward, forward_bytes
+    # SwiGLU reads its input again; a rotation does not.
+    again = x.nbytes if written < x.nbytes else 0
+    yield f"{name} backward", backward, again + written + x.nbytes
+
+
+def loss(arguments: argparse.Namespace) -> Iterator[Piece]:
+    """Cross-entropy and its gradient, in several launches."""
+    import torch
+
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.train.loss_kernel import DEFAULT, Launch, cross_entropy_
+
+    rows, vocab = 8192, preset(arguments.preset).vocab_size
+    logits = torch.randn(rows, vocab, device="cuda", dtype=torch.bfloat16)
+    labels = torch.randint(0, vocab, (rows,), device="cuda")
+    launches = {DEFAULT} | {
+        Launch(lanes=lanes, strips=strips, warps=warps, rows_in_flight=flight)
+        for (lanes, warps), strips, flight in product(
+            ((2048, 8), (4096, 16), (8192, 32)), (1, 4), (0, 1, 2)
+        )
+    }
+    for launch in sorted(launches, key=repr):
+
+        def run(launch: Launch = launch) -> None:
+            cross_entropy_(logits, labels, slope=True, launch=launch)
+
+        yield f"loss {launch}", run, 2 * logits.nbytes
+
+
+def measure(run: Callable[[], Any]) -> float:
+    """Median milliseconds on the device, with a cold L2 cache."""
+    from triton.testing import do_bench
+
+    found: float = do_bench(run, warmup=20, rep=60, return_mode="median")
+    return found
+
+
+SECTIONS = {"rotation": rotation, "swiglu": swiglu, "loss": loss}
+
+
+def main() -> None:
+    """Time every piece; a section that fails leaves the others alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="qwen2-0.5b")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--seq-len", type=int, default=4096)
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    found: list[dict[str, Any]] = []
+    for section in arguments.sections.split(","):
+        try:
+            for name, run, size in SECTIONS[section](arguments):
+                milliseconds = measure(run)
+                rate = size / milliseconds / 1e9
+                print(f"{milliseconds:8.3f} ms {rate:6.2f} TB/s  {name}", flush=True)
+                found.append({"piece": name, "ms": milliseconds, "bytes": size})
+        except Exception:
+            traceback.print_exc()
+        if arguments.json:
+            arguments.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
