@@ -18,12 +18,13 @@ from qwen2kit.backend.protocol import (
     LoadReport,
     Score,
     ScoreRequest,
-    TokenEvent,
     TokenIds,
 )
 from qwen2kit.backend.registry import available, get
+from qwen2kit.backend.slots import Edit, Feed, Shortlist, Slots
+from qwen2kit.engine.host_logits import HostLogits
+from qwen2kit.engine.recompute import RecomputingSlots
 from qwen2kit.errors import BackendError, ConfigError
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights.source import MemorySource, WeightSource
 from qwen2kit.weights.tensor import HostTensor
@@ -100,30 +101,70 @@ class AcceptsAnything(NumpyModel):
             return LoadReport(tensors=0, bytes=0, seconds=0.0)
 
 
-class SwallowsStop(NumpyModel):
-    def event(
-        self, prompt: int, token: int, logprob: float | None, count: int, sampling: Sampling
-    ) -> TokenEvent:
-        return super().event(prompt, token, logprob, count, replace(sampling, stop_token_ids=()))
+class MixedUpSlots(RecomputingSlots):
+    """The classic batching bug: rows of a ragged batch are mixed up."""
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        ragged = len(feeds) > 1 and len({len(feed.tokens) for feed in feeds}) > 1
+        rows = super().feed(feeds)._rows
+        return HostLogits(np.roll(rows, 1, axis=0) if ragged else rows)
 
 
-class IgnoresVocabLimit(NumpyModel):
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        return super().generate(prompts, replace(sampling, vocab_limit=None))
+class StickySlots(RecomputingSlots):
+    """Never forgets what lay beyond ``start``."""
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        kept = [replace(feed, start=len(self._held[feed.slot])) for feed in feeds]
+        return super().feed(kept)
 
 
-class IgnoresSeed(NumpyModel):
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        return super().generate(prompts, replace(sampling, seed=0))
+class LazySlots(RecomputingSlots):
+    """Copies nothing."""
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        super().copy(source, target, length)
+        self._held[target] = [0] * length
 
 
-class LeftPadded(NumpyModel):
-    """The classic batching bug: shorter prompts see the padding."""
+class ForgetfulSlots(RecomputingSlots):
+    """Loses the last token of a run."""
 
-    def generate(self, prompts: Sequence[TokenIds], sampling: Sampling) -> Iterator[TokenEvent]:
-        longest = max(len(prompt) for prompt in prompts)
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        return super().generate(padded, sampling)
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        try:
+            yield from super().run_greedy(feeds, limit)
+        finally:
+            for feed in feeds:
+                self._held[feed.slot][-1] = 0
+
+
+class CarelessLogits(HostLogits):
+    """Chooses among padding rows, and takes the shortlist for the whole."""
+
+    def greedy(self, limit: int | None) -> list[int]:
+        return super().greedy(None)
+
+    def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        short = super().shortlist(size, edits)
+        total = np.log(np.exp(short.scores.astype(np.float64)).sum(axis=1))
+        return replace(short, total=total)
+
+
+class CarelessSlots(RecomputingSlots):
+    """Gives such logits."""
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        return CarelessLogits(super().feed(feeds)._rows)
+
+
+def with_slots(slots: type[RecomputingSlots]) -> type[NumpyModel]:
+    """A model that is sound but for its slots."""
+
+    class Model(NumpyModel):
+        def slots(self, count: int, capacity: int) -> Slots:
+            return slots(self, count, capacity)
+
+    Model.__name__ = slots.__name__
+    return Model
 
 
 class TransposedExport(NumpyModel):
@@ -152,12 +193,22 @@ BROKEN: dict[type[NumpyModel], tuple[set[str], set[str]]] = {
     WrongLogits: ({"logits/tied", "logits/yarn"}, {"export/exact-tied", "hidden-states/tied"}),
     NoBias: ({"logits/untied", "hidden-states/tied", "export/exact-untied"}, {"load/report"}),
     AcceptsAnything: ({"load/refuses-wrong-weights"}, {"load/reload-replaces", "logits/tied"}),
-    SwallowsStop: ({"generate/stop-ids"}, {"generate/length", "generate/greedy-untied"}),
-    IgnoresVocabLimit: ({"generate/vocab-limit"}, {"generate/greedy-untied"}),
-    IgnoresSeed: ({"generate/seeds", "generate/sampled"}, {"generate/greedy-untied"}),
-    LeftPadded: (
-        {"generate/ragged-batch", "generate/batch-is-single-greedy"},
-        {"generate/greedy-untied", "generate/greedy-long-prompt"},
+    with_slots(MixedUpSlots): (
+        {"slots/feed", "generate/ragged-batch", "generate/batch-is-single-greedy"},
+        {"slots/greedy", "generate/greedy-untied", "generate/greedy-long-prompt"},
+    ),
+    with_slots(StickySlots): (
+        {"slots/truncate"},
+        {"slots/feed", "slots/copy", "generate/greedy-untied"},
+    ),
+    with_slots(LazySlots): (
+        {"slots/copy", "generate/many-kinds-together"},
+        {"slots/truncate", "generate/ragged-batch"},
+    ),
+    with_slots(ForgetfulSlots): ({"slots/run-greedy"}, {"slots/feed", "generate/greedy-untied"}),
+    with_slots(CarelessSlots): (
+        {"slots/greedy", "slots/shortlist", "generate/vocab-limit"},
+        {"slots/run-greedy-to-the-end", "generate/greedy-untied"},
     ),
     TransposedExport: ({"export/exact-tied", "export/exact-untied"}, {"logits/tied"}),
     SumsAllLogprobs: ({"score/single-token", "score/shared-prefixes"}, {"score/no-requests"}),
@@ -168,7 +219,7 @@ BROKEN: dict[type[NumpyModel], tuple[set[str], set[str]]] = {
 @pytest.mark.parametrize("model", BROKEN, ids=lambda model: model.__name__)
 def test_each_defect_fails_its_own_cases(model: type[NumpyModel]) -> None:
     backend = NumpyBackend()
-    backend.model = model  # type: ignore[misc]
+    backend.model = model
     failing, passing = BROKEN[model]
     cases = [BY_NAME[name] for name in sorted(failing | passing)]
     report = run_cases(cases, backend, {})
@@ -195,7 +246,7 @@ def test_report_of_a_crashing_backend() -> None:
 
 def test_expected_failures_are_strict() -> None:
     backend = NumpyBackend()
-    backend.model = NeverGreedy  # type: ignore[misc]
+    backend.model = NeverGreedy
     cases = [BY_NAME["score/greedy-flag"], BY_NAME["score/no-requests"]]
     known = run_cases(cases, backend, {"score/greedy-flag": "not implemented"})
     assert known.ok

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qwen2kit.backend.conformance import forward, generation, loading, scoring, training
+from qwen2kit.backend.conformance import forward, generation, loading, scoring, slots, training
 from qwen2kit.backend.conformance.case import Case, ConformanceReport, run_cases
 from qwen2kit.backend.protocol import Backend
 
@@ -25,6 +25,7 @@ CASES: tuple[Case, ...] = (
     *loading.CASES,
     *forward.CASES,
     *scoring.CASES,
+    *slots.CASES,
     *generation.CASES,
     *training.CASES,
 )

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from qwen2kit.backend.conformance.case import Case, require, require_raises
+import numpy as np
+
+from qwen2kit.backend.conformance.case import Case, require, require_close, require_raises
 from qwen2kit.backend.conformance.models import (
     DENSE,
     TOLERANCE,
@@ -18,7 +20,9 @@ from qwen2kit.backend.conformance.models import (
     tokens,
 )
 from qwen2kit.backend.protocol import Backend, CompiledModel, TokenEvent
+from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.generate import generate
+from qwen2kit.engine.request import Request
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
@@ -124,6 +128,50 @@ def _logprobs(backend: Backend) -> None:
             require(close, f"logprob {found}, expected {row[event.token]:.6f}")
 
 
+def _top_logprobs(backend: Backend) -> None:
+    model = loaded(backend, UNTIED)
+    for changes in ({}, {"repetition_penalty": 1.3, "logit_bias": ((5, 3.0),)}):
+        sampling = replace(_SAMPLED, top_logprobs=4, top_k=5, **changes)  # type: ignore[arg-type]
+        (mine,) = events(model, _RAGGED[:1], sampling)
+        rows = reference_logprobs(UNTIED, (*_RAGGED[0], *_ids(mine))[:-1])[len(_RAGGED[0]) - 1 :]
+        for row, event in zip(rows, mine, strict=True):
+            best = np.sort(row)[::-1][:4]
+            found = [value for _, value in event.top]
+            require(len(found) == 4, f"{len(found)} top log-probabilities instead of 4")
+            require_close("top log-probabilities", np.array(found), best, TOLERANCE)
+            named = np.array([row[token] for token, _ in event.top])
+            require_close("log-probabilities of the named ids", named, best, TOLERANCE)
+
+
+def _many_kinds(backend: Backend) -> None:
+    """Requests of every kind together, more than there are slots, prompts read in small pieces,
+    beginnings in common: each gets what it gets alone."""
+    model = loaded(backend, UNTIED)
+    stem = tokens(40, seed=9)
+    prompts = (*_RAGGED, (*stem, 3), (*stem, 3), (*stem[:35], 4, 4), stem)
+    kinds = (
+        _GREEDY,
+        _SAMPLED,
+        replace(_GREEDY, frequency_penalty=0.8, presence_penalty=0.3),
+        replace(_SAMPLED, top_k=0, top_p=1.0, logit_bias=((7, 2.0), (9, -50.0)), logprobs=True),
+        replace(_GREEDY, vocab_limit=60),
+    )
+    for pairs in (
+        [(prompt, kinds[index % len(kinds)]) for index, prompt in enumerate(prompts)],
+        [(prompt, _GREEDY) for prompt in prompts],
+    ):
+        found: dict[int, list[int]] = {}
+        with Engine(model, slots=3, capacity=80, prefill_tokens=11) as engine:
+            for prompt, sampling in pairs:
+                found[engine.submit(Request(prompt, sampling))] = []
+            while engine.busy:
+                for event in engine.step():
+                    found[event.prompt].append(event.token)
+        for (prompt, sampling), mine in zip(pairs, found.values(), strict=True):
+            expected = reference_continuation(UNTIED, prompt, sampling)
+            require(tuple(mine) == expected, f"{sampling}: {mine}, the reference {expected}")
+
+
 def _early_close(backend: Backend) -> None:
     model = loaded(backend, UNTIED)
     expected = _ids(events(model, _RAGGED[:1], _GREEDY)[0])
@@ -209,6 +257,22 @@ CASES = (
     Case("generate/vocab-limit", _vocab_limit),
     Case("generate/seeds", _seeds),
     Case("generate/logprobs", _logprobs),
+    Case("generate/top-logprobs", _top_logprobs),
+    Case(
+        "generate/penalties-and-bias",
+        partial(
+            _matches_reference,
+            prompts=_RAGGED[:3],
+            sampling=replace(
+                _SAMPLED,
+                presence_penalty=0.4,
+                frequency_penalty=0.7,
+                logit_bias=((11, 2.5), (12, -3.0)),
+            ),
+            spec=UNTIED,
+        ),
+    ),
+    Case("generate/many-kinds-together", _many_kinds),
     Case("generate/early-close", _early_close),
     Case("generate/two-at-a-time", _interleaved),
     Case("generate/too-long", _too_long),
