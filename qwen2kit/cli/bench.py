@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.bench.run import Subject, Workload
+    from qwen2kit.bench.measure import OpenDrafter
+    from qwen2kit.bench.run import Subject
 
 
 def bench(
@@ -36,6 +38,8 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Prompt tokens of each of these.")] = 128,
     new: Annotated[int, typer.Option(help="Generated tokens.")] = 64,
     repeats: Annotated[int, typer.Option(help="Repetitions of prefill and decoding.")] = 3,
+    draft: DraftOption = None,
+    prompt_lookup: PromptLookupOption = None,
     plot: Annotated[Path | None, typer.Option(help="Write the curves to this PNG.")] = None,
     json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
@@ -50,6 +54,8 @@ def bench(
 
     if (model is None) == (random is None):
         raise ConfigError("give a MODEL, or --random PRESET for random weights")
+    if random is not None and (draft is not None or prompt_lookup is not None):
+        raise ConfigError("random weights say nothing that could be guessed; give a MODEL")
     work = Workload(
         prefill=_numbers("--prefill", prefill),
         contexts=_numbers("--contexts", contexts),
@@ -61,11 +67,12 @@ def bench(
     plan = ExecutionPlan(device=device, dtype=dtype)
     screen = console()
     with screen.status("loading") as status:
+        drafter = None
         if random is not None:
-            subject = _random(random, backend, plan, work)
+            subject = _random(random, backend, plan)
         else:
-            subject = _loaded(str(model), backend, plan)
-        document = run(subject, work, notice=status.update)
+            subject, drafter = _loaded(str(model), backend, plan, draft, prompt_lookup)
+        document = run(subject, work, drafter=drafter, notice=status.update)
     for failure in document["failures"]:
         screen.print(f"left out: {failure}", markup=False, soft_wrap=True)
     if json:
@@ -83,13 +90,15 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}") from None
 
 
-def _loaded(name: str, backend: str, plan: ExecutionPlan) -> Subject:
+def _loaded(
+    name: str, backend: str, plan: ExecutionPlan, draft: str | None, prompt_lookup: int | None
+) -> tuple[Subject, OpenDrafter | None]:
     from qwen2kit.backend.loading import load_model
     from qwen2kit.bench.prompts import text_prompts
     from qwen2kit.bench.run import Subject
 
     loaded = load_model(name, backend=backend, plan=plan)
-    return Subject(
+    subject = Subject(
         name=name,
         backend=loaded.backend,
         model=loaded.model,
@@ -99,9 +108,10 @@ def _loaded(name: str, backend: str, plan: ExecutionPlan) -> Subject:
         prompts=text_prompts(loaded.tokenizer),
         vocab_limit=loaded.sampling().vocab_limit,
     )
+    return subject, drafter_maker(loaded, draft, prompt_lookup)
 
 
-def _random(preset_name: str, backend: str, plan: ExecutionPlan, work: Workload) -> Subject:
+def _random(preset_name: str, backend: str, plan: ExecutionPlan) -> Subject:
     from qwen2kit.backend.meter import MeteredBackend
     from qwen2kit.backend.registry import get
     from qwen2kit.bench.prompts import random_prompts

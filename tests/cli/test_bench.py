@@ -48,6 +48,20 @@ def test_a_checkpoint_and_tables(backend: str, tmp_path: Path) -> None:
     assert "many streams" not in done.stderr
 
 
+def test_guesses_are_counted(backend: str, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path / "large")
+    write_tiny_checkpoint(tmp_path / "small", num_hidden_layers=1)
+    sections = ("--prefill", "", "--contexts", "60", "--streams", "2", "--new", "16")
+    entries = [
+        run_json("bench", tmp_path / "large", "--backend", backend, *sections, *how)["decode"][0]
+        for how in ((), ("--prompt-lookup", "4"), ("--draft", tmp_path / "small"))
+    ]
+    assert entries[0]["drafted"] == 0
+    assert all(entry["drafted"] >= entry["accepted"] for entry in entries)
+    assert entries[1]["drafted"] > 0
+    assert entries[2]["drafted"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -58,6 +72,7 @@ def test_a_checkpoint_and_tables(backend: str, tmp_path: Path) -> None:
         (("--random", "tiny", "--prompt", "0"), "must be positive"),
         (("--random", "tiny", "--prefill", "4096"), "takes 512; lower --prefill"),
         (("--random", "huge"), "unknown preset"),
+        (("--random", "tiny", "--prompt-lookup", "4"), "nothing that could be guessed"),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], reason: str) -> None:
