@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from qwen2kit.errors import ConfigError, MissingExtra
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
 
+_KEY_VARIABLE = "QWEN2KIT_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -26,7 +28,7 @@ def serve(
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="QWEN2KIT_API_KEY",
+            envvar=_KEY_VARIABLE,
             show_envvar=True,
             help="Asked of every client as bearer token; the variable hides it from ps.",
         ),
@@ -60,8 +62,7 @@ def serve(
 ) -> None:
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page at /."""
     _require_extra()
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
-        raise ConfigError("--api-key must be printable ASCII and not empty")
+    _check_key(api_key)
     from qwen2kit.engine.text import TextEngine
     from qwen2kit.serve.limits import Limits
     from qwen2kit.serve.server import Serving, listen
@@ -88,6 +89,16 @@ def serve(
         api_key=api_key,
     )
     run(serving, bound, lambda: _announce(serving.name, host, bound.getsockname()[1], api_key))
+
+
+def _check_key(api_key: str | None) -> None:
+    """An empty variable is a mistake, not a wish to be open to everybody."""
+    key = os.environ.get(_KEY_VARIABLE) if api_key is None else api_key
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        raise ConfigError(
+            "the API key must be printable ASCII and not empty; "
+            f"unset {_KEY_VARIABLE} to ask for none"
+        )
 
 
 def _require_extra() -> None:
@@ -124,5 +135,5 @@ def _announce(name: str, host: str, port: int, api_key: str | None) -> None:
     console().print(f"chat page: http://{shown}:{port}/", markup=False, soft_wrap=True)
     if api_key is None and host not in _LOOPBACK:
         console().print(
-            "note: anybody who reaches this address may use it; set QWEN2KIT_API_KEY", markup=False
+            f"note: anybody who reaches this address may use it; set {_KEY_VARIABLE}", markup=False
         )
