@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from qwen2kit.backend.protocol import CompiledModel
-from qwen2kit.backend.slots import Feed, Logits
+from qwen2kit.backend.slots import Feed
 from qwen2kit.engine.acceptance import Acceptance
 from qwen2kit.engine.drafting import Unfinished
+from qwen2kit.engine.drawing import draw_rows
 from qwen2kit.engine.request import Request
 from qwen2kit.engine.sequence import Sequence
 from qwen2kit.engine.slot_table import SlotTable
-from qwen2kit.generate.sampling import Sampler
 from qwen2kit.spec.counts import count_params
 from qwen2kit.tokenizer.bpe import Tokenizer
 
@@ -183,14 +183,13 @@ class DraftModel:
 
     def _sampled(self, asked: Many[tuple[Unfinished, int]]) -> list[list[int]]:
         samplers = [item.sampler.fork() for item, _ in asked]
-        sizes = [self._drafts[item.key].request.sampling.shortlist_size for item, _ in asked]
         drawn: list[list[int]] = [[] for _ in asked]
         feeds = self._unfed([item for item, _ in asked])
         going = list(range(len(asked)))
         while going:
             logits = self._slots.feed([feeds[i] for i in going])
-            tokens = _draw(logits, [samplers[i] for i in going], max(sizes))
-            for i, token in zip(going, tokens, strict=True):
+            found = draw_rows(logits, [samplers[i] for i in going])
+            for i, (token, *_) in zip(going, found, strict=True):
                 drawn[i].append(token)
                 feeds[i] = _next(feeds[i], token)
             going = [i for i in going if len(drawn[i]) < asked[i][1] and drawn[i][-1] < self._known]
@@ -230,14 +229,3 @@ def _end(feed: Feed) -> int:
 def _next(feed: Feed, token: int) -> Feed:
     """One more token after ``feed``."""
     return Feed(feed.slot, _end(feed), (token,))
-
-
-def _draw(logits: Logits, samplers: Many[Sampler], size: int) -> list[int]:
-    """One token per row, by the samplers."""
-    edits = [sampler.edit() for sampler in samplers]
-    shortlist = logits.shortlist(size, edits)
-    drawn = []
-    for row, (sampler, edit) in enumerate(zip(samplers, edits, strict=True)):
-        found = sampler.draw_short(shortlist, row, edit)
-        drawn.append(found or sampler.draw(logits.rows([row])[0], edit))
-    return [found.token for found in drawn]

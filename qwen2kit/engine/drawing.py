@@ -13,7 +13,8 @@ from typing import NamedTuple
 from qwen2kit.backend.slots import Edit, Logits, Shortlist
 from qwen2kit.engine.sequence import Sequence
 from qwen2kit.generate.edit import only_allowed
-from qwen2kit.generate.sampling import Drawn
+from qwen2kit.generate.inverse_cdf import Head, heads_of
+from qwen2kit.generate.sampling import Drawn, Sampler
 
 
 class Block(NamedTuple):
@@ -42,14 +43,31 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
         row += len(block.draft) + 1
     size = max(block.sequence.request.sampling.shortlist_size for block in blocks)
     shortlist = logits.shortlist(size, [edit for walk in walks for edit in walk.edits])
+    heads = heads_of(shortlist, [walk.sampler.sampling for walk in walks for _ in walk.edits])
     going = walks
     while going:
-        stuck = [walk for walk in going if not walk.follow(shortlist)]
+        stuck = [walk for walk in going if not walk.follow(shortlist, heads)]
         whole = logits.rows([walk.row for walk in stuck]) if stuck else ()
         for walk, logits_V in zip(stuck, whole, strict=True):
             walk.add(walk.sampler.draw(logits_V, walk.edit))
         going = [walk for walk in stuck if not walk.done]
     return [walk.drawn for walk in walks]
+
+
+def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
+    """One token per row, each by its own sampler and whatever the shortlist leaves open."""
+    edits = [sampler.edit() for sampler in samplers]
+    size = max(sampler.sampling.shortlist_size for sampler in samplers)
+    shortlist = logits.shortlist(size, edits)
+    heads = heads_of(shortlist, [sampler.sampling for sampler in samplers])
+    found = [
+        sampler.draw_short(shortlist, head, row, edit)
+        for row, (sampler, head, edit) in enumerate(zip(samplers, heads, edits, strict=True))
+    ]
+    stuck = [row for row, drawn in enumerate(found) if drawn is None]
+    for row, logits_V in zip(stuck, logits.rows(stuck) if stuck else (), strict=True):
+        found[row] = samplers[row].draw(logits_V, edits[row])
+    return [drawn for drawn in found if drawn is not None]
 
 
 def _greedy(best: list[int], blocks: Many[Block]) -> list[list[Drawn]]:
@@ -94,13 +112,16 @@ class _Walk:
         """That of the next draw."""
         return self._first + len(self.drawn)
 
-    def follow(self, shortlist: Shortlist) -> bool:
-        """Draw as long as ``shortlist`` tells; whether that was to the end."""
+    def follow(self, shortlist: Shortlist, heads: list[Head]) -> bool:
+        """Draw as long as the shortlist tells; whether that was to the end."""
         while not self.done:
             late = self.drawn and self._request.constraint is not None
-            drawn = self._forced() if late else self.sampler.draw_short(
-                shortlist, self.row, self.edit
-            )  # fmt: skip
+            row = self.row
+            drawn = (
+                self._forced()
+                if late
+                else self.sampler.draw_short(shortlist, heads[row], row, self.edit)
+            )
             if drawn is None:
                 return False
             self.add(drawn)

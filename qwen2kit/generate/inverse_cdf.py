@@ -7,8 +7,10 @@ without the tail, or says that it cannot.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qwen2kit.errors import BackendError
 
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from qwen2kit.backend.slots import Shortlist
     from qwen2kit.generate.sampling import Sampling
 
+_DEVICE_SLACK = 2e-4
 _HOST_SLACK = 1e-9
 
 
@@ -26,80 +30,90 @@ class Head:
     """The most likely tokens of a row, by falling score, equal scores by rising id.
 
     Attributes:
-        ids: int64 ``[n]``.
-        scores: float32 ``[n]``, edited logits.
-        total: log-sum-exp of ``scores / temperature`` over the whole row.
-        slack: how far ``total`` may be off.
-        complete: whether no other token has a finite score.
+        ids: theirs.
+        cumulative: running sum of their weights, ``exp((score - best) / temperature)``.
+        end: how many of them are certain, and kept by top-k; 0 if the head does not tell.
+        mass: sum of the weights of all that top-k keeps.
+        slack: how far ``mass`` may be off, relatively; 0 if ``end`` are all there are.
     """
 
-    ids: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    total: float
+    ids: list[int]
+    cumulative: list[float]
+    end: int
+    mass: float
     slack: float
-    complete: bool
-
-    @classmethod
-    def sorted(
-        cls, ids: NDArray[np.int64], scores: NDArray[np.float32], total: float, slack: float
-    ) -> Head:
-        """From the largest entries of a row by falling score; equal scores in any order, and
-        perhaps not all of the last ones."""
-        import numpy as np
-
-        last = scores[-1]
-        complete = bool(last == -np.inf)
-        known = int(np.searchsorted(-scores, -last))
-        ids, scores = ids[:known], scores[:known]
-        if (scores[1:] == scores[:-1]).any():
-            order = np.lexsort((ids, -scores))
-            ids, scores = ids[order], scores[order]
-        return cls(ids, scores, total, slack, complete)
 
 
-def head_of_row(scores: NDArray[np.float32], size: int, temperature: float) -> Head:
-    """The head of a whole row: at least ``size`` tokens (all that equal the last one, too).
+def heads_of(shortlist: Shortlist, samplings: Sequence[Sampling]) -> list[Head]:
+    """The heads of all rows of a shortlist, whose equal scores may be in any order, and perhaps
+    are not all of the last ones."""
+    import numpy as np
+
+    scores = shortlist.scores.astype(np.float64)
+    temperature = np.array([sampling.temperature or 1.0 for sampling in samplings])[:, None]
+    top_k = np.array([sampling.top_k for sampling in samplings])[:, None]
+    best, last = scores[:, :1], scores[:, -1:]
+    cumulative = np.cumsum(np.exp((scores - best) / temperature), axis=1)
+    mass = np.exp(shortlist.total - (best / temperature)[:, 0]).tolist()
+    certain = scores > last
+    known = certain.sum(axis=1).tolist()
+    kth = np.take_along_axis(scores, np.clip(top_k, 1, scores.shape[1]) - 1, axis=1)
+    kept = (scores >= kth).sum(axis=1).tolist()
+    equal = ((scores[:, 1:] == scores[:, :-1]) & certain[:, 1:]).any(axis=1)
+    ids = shortlist.ids
+    for row in np.flatnonzero(equal):
+        ids = ids.copy() if ids is shortlist.ids else ids
+        ids[row] = ids[row, np.lexsort((ids[row], -scores[row]))]
+    complete = np.isneginf(last[:, 0]).tolist()
+    tokens, sums = ids.tolist(), cumulative.tolist()
+    return [
+        _head(sampling, tokens[i], sums[i], known[i], kept[i], complete[i], mass[i], _DEVICE_SLACK)
+        for i, sampling in enumerate(samplings)
+    ]
+
+
+def head_of_row(scores: NDArray[np.float32], size: int, sampling: Sampling) -> Head:
+    """The head of a whole row of edited logits: at least ``size`` tokens, and all that equal the
+    last of them.
 
     Raises:
         BackendError: the row holds NaN, or nothing finite.
     """
     import numpy as np
 
-    check_finite(scores[scores.argmax()])
-    ids = np.arange(len(scores))
-    if size < len(scores):
-        ids = np.flatnonzero(scores >= np.partition(scores, -size)[-size]) if size else ids[:0]
-    ids = ids[np.argsort(-scores[ids], kind="stable")]
-    total = log_sum_exp(scores.astype(np.float64) / (temperature or 1.0))
-    return Head(ids, scores[ids], total, _HOST_SLACK, len(ids) == len(scores))
+    best = scores.max()
+    check_finite(best)
+    ids, values = _largest(scores, size)
+    weights = np.exp((values.astype(np.float64) - best) / (sampling.temperature or 1.0))
+    complete = len(ids) == len(scores)
+    kept, mass = len(ids), float(weights.sum())
+    if 0 < sampling.top_k < len(ids):
+        kept = int((values >= values[sampling.top_k - 1]).sum())
+    elif not complete:
+        everything = (scores.astype(np.float64) - best) / (sampling.temperature or 1.0)
+        mass = float(np.exp(everything).sum())
+    cumulative = np.cumsum(weights).tolist()
+    return _head(
+        sampling, ids.tolist(), cumulative, len(ids), kept, complete, mass, _HOST_SLACK
+    )  # fmt: skip
+
+
+def most_likely(logits: NDArray[np.float32], count: int) -> list[int]:
+    """The ``count`` ids with the largest ``logits``, of equals the smaller ones."""
+    return _largest(logits, count)[0][:count].tolist() if count else []
 
 
 def locate(head: Head, sampling: Sampling, point: float) -> int | None:
     """Place in ``head`` of the token that ``point`` draws; None if the tail may have a say."""
-    import numpy as np
-
-    size = len(head.ids)
-    if sampling.temperature == 0 or not size:
-        return 0 if size else None
-    truncated = sampling.top_k > 0 and not (head.complete and sampling.top_k >= size)
-    if truncated and sampling.top_k > size:
-        return None
-    scores = head.scores.astype(np.float64)
-    cumulative = np.cumsum(np.exp((scores - scores[0]) / sampling.temperature))
-    if truncated:
-        kept = int(np.searchsorted(-scores, -scores[sampling.top_k - 1], side="right"))
-        cumulative = cumulative[:kept]
-    slack = 0.0 if truncated or head.complete else head.slack
-    mass = float(cumulative[-1])
-    if slack:
-        mass = float(np.exp(head.total - scores[0] / sampling.temperature))
+    end, mass, slack = head.end, head.mass, head.slack
+    if sampling.temperature == 0 or not end:
+        return 0 if end else None
     if sampling.top_p < 1:
-        last = _search(cumulative, sampling.top_p * mass, slack, "left")
+        last = _search(bisect_left, head.cumulative, sampling.top_p * mass, slack, end)
         if last is None:
             return None
-        cumulative, slack = cumulative[: last + 1], 0.0
-        mass = float(cumulative[-1])
-    return _search(cumulative, point * mass, slack, "right")
+        end, mass, slack = last + 1, head.cumulative[last], 0.0
+    return _search(bisect_right, head.cumulative, point * mass, slack, end)
 
 
 def check_finite(best: NDArray[np.float32] | np.float32) -> None:
@@ -124,13 +138,51 @@ def log_sum_exp(values: NDArray[np.float64]) -> float:
     return float(peak + np.log(np.exp(values - peak).sum()))
 
 
+def _head(
+    sampling: Sampling,
+    ids: list[int],
+    cumulative: list[float],
+    known: int,
+    kept: int,
+    complete: bool,
+    mass: float,
+    slack: float,
+) -> Head:
+    """``known`` entries are certain, ``complete`` if nothing else has a weight; ``kept`` are at
+    least as large as the k-th; ``mass`` is that of the whole row."""
+    top_k = sampling.top_k
+    if top_k > known and not complete:
+        return Head(ids, cumulative, 0, 0.0, 0.0)
+    if 0 < top_k < known or (top_k == known and not complete and known):
+        return Head(ids, cumulative, kept, cumulative[kept - 1], 0.0)
+    if complete:
+        return Head(ids, cumulative, known, cumulative[known - 1], 0.0)
+    return Head(ids, cumulative, known, mass, slack)
+
+
+def _largest(
+    scores: NDArray[np.float32], size: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    import numpy as np
+
+    ids = np.arange(len(scores))
+    if size < len(scores):
+        ids = np.flatnonzero(scores >= np.partition(scores, -size)[-size])
+    ids = ids[np.argsort(-scores[ids], kind="stable")]
+    return ids, scores[ids]
+
+
 def _search(
-    cumulative: NDArray[np.float64], value: float, slack: float, side: Literal["left", "right"]
+    bisect: Callable[[list[float], float, int, int], int],
+    cumulative: list[float],
+    value: float,
+    slack: float,
+    end: int,
 ) -> int | None:
     """Place of ``value``, which is off by a factor of up to 1 ± ``slack``; None if that or what
-    follows ``cumulative`` may matter. Without slack nothing follows."""
-    low = int(cumulative.searchsorted(value * (1 - slack), side))
+    follows the first ``end`` may matter. Without slack nothing follows."""
+    low = bisect(cumulative, value * (1 - slack), 0, end)
     if not slack:
-        return min(low, len(cumulative) - 1)
-    high = int(cumulative.searchsorted(value * (1 + slack), side))
-    return low if low == high < len(cumulative) else None
+        return min(low, end - 1)
+    high = bisect(cumulative, value * (1 + slack), 0, end)
+    return low if low == high < end else None

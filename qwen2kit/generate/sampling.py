@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from qwen2kit.backend.slots import Edit, Shortlist
 from qwen2kit.errors import ConfigError
 from qwen2kit.generate.edit import apply_edit
-from qwen2kit.generate.inverse_cdf import Head, head_of_row, locate, log_sum_exp
+from qwen2kit.generate.inverse_cdf import Head, head_of_row, locate, log_sum_exp, most_likely
 from qwen2kit.generate.penalties import Changes
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 _SHORTLIST = 64
 _LONGEST_SHORTLIST = 512
-_SHORTLIST_SLACK = 2e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,10 +144,13 @@ class Sampler:
         sampling: the settings.
         prompt: prompt ids (needed by the repetition penalty).
         stream: index of the prompt in its batch; separates the random streams.
+
+    Attributes:
+        sampling: the settings.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], stream: int = 0) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         self._drawn = 0
         self._points = _Points(sampling.seed, stream)
         self._plain = Edit(limit=sampling.vocab_limit, temperature=sampling.temperature)
@@ -157,7 +159,7 @@ class Sampler:
     def fork(self) -> Sampler:
         """A sampler in the same state, which draws what this one would and leaves it alone."""
         twin = object.__new__(Sampler)
-        twin._sampling, twin._drawn = self._sampling, self._drawn
+        twin.sampling, twin._drawn = self.sampling, self._drawn
         twin._points, twin._plain = self._points, self._plain
         twin._changes = None if self._changes is None else self._changes.copy()
         return twin
@@ -201,36 +203,32 @@ class Sampler:
         scores = apply_edit(logits, edit)[: edit.limit]
         token = None
         for size in (2048, len(scores)):
-            head = head_of_row(scores, size, edit.temperature)
-            place = locate(head, self._sampling, self._point)
+            head = head_of_row(scores, size, self.sampling)
+            place = locate(head, self.sampling, self._point)
             if place is not None:
-                token = int(head.ids[place])
+                token = head.ids[place]
                 break
         assert token is not None, "a complete head always suffices"
         self.accept(token)
-        return self._report(token, logits[: edit.limit]) if self._sampling.reports else Drawn(token)
+        return self._report(token, logits[: edit.limit]) if self.sampling.reports else Drawn(token)
 
-    def draw_short(self, shortlist: Shortlist, row: int, edit: Edit) -> Drawn | None:
+    def draw_short(self, shortlist: Shortlist, head: Head, row: int, edit: Edit) -> Drawn | None:
         """The token that `draw` would give, if row ``row`` of ``shortlist`` tells; else None, and
         nothing has been drawn.
 
         Args:
             shortlist: of at least `Sampling.shortlist_size`.
+            head: of that row, see `heads_of`.
             row: which one.
             edit: what it was made with.
         """
-        sampling = self._sampling
-        changed = edit.ids is not None or edit.allowed is not None
-        if sampling.top_logprobs and changed:
+        sampling = self.sampling
+        if sampling.top_logprobs and (edit.ids is not None or edit.allowed is not None):
             return None
-        head = Head.sorted(
-            shortlist.ids[row], shortlist.scores[row], float(shortlist.total[row]),
-            _SHORTLIST_SLACK,
-        )  # fmt: skip
         place = locate(head, sampling, self._point)
         if place is None:
             return None
-        token = int(head.ids[place])
+        token = head.ids[place]
         self.accept(token)
         if not sampling.reports:
             return Drawn(token)
@@ -248,15 +246,15 @@ class Sampler:
 
     @property
     def _point(self) -> float:
-        return self._points[self._drawn] if self._sampling.temperature > 0 else 0.0
+        return self._points[self._drawn] if self.sampling.temperature > 0 else 0.0
 
     def _report(self, token: int, raw: NDArray[np.float32]) -> Drawn:
         import numpy as np
 
         values = raw.astype(np.float64)
         values -= log_sum_exp(values)
-        head = head_of_row(raw, self._sampling.top_logprobs, 1.0)
-        top = tuple((int(i), float(values[i])) for i in head.ids[: self._sampling.top_logprobs])
+        ids = most_likely(raw, self.sampling.top_logprobs)
+        top = tuple((token, float(values[token])) for token in ids)
         return Drawn(token, float(values[token]), top)
 
 

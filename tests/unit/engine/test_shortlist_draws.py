@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from qwen2kit.backend.slots import Shortlist
+from qwen2kit.backend.slots import Edit, Shortlist
 from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.generate.edit import apply_edit, pack_mask, unpack_mask
-from qwen2kit.generate.sampling import Sampler, Sampling
+from qwen2kit.generate.inverse_cdf import heads_of
+from qwen2kit.generate.sampling import Drawn, Sampler, Sampling
 
 SAMPLINGS = st.builds(
     Sampling,
@@ -49,6 +50,11 @@ def disturbed(short: Shortlist, seed: int) -> Shortlist:
     return Shortlist(ids, scores, total, raw, short.raw_total)
 
 
+def drawn(sampler: Sampler, shortlist: Shortlist, edit: Edit) -> Drawn | None:
+    (head,) = heads_of(shortlist, [sampler.sampling])
+    return sampler.draw_short(shortlist, head, 0, edit)
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     sampling=SAMPLINGS,
@@ -71,7 +77,7 @@ def test_the_same_tokens_as_the_whole_row(
     for index, row in enumerate(rows(seed, scale, grid)):
         edit = short.edit(mask)
         listed = HostLogits(row[None]).shortlist(sampling.shortlist_size, [edit])
-        found = short.draw_short(disturbed(listed, index), 0, edit) or short.draw(row, edit)
+        found = drawn(short, disturbed(listed, index), edit) or short.draw(row, edit)
         expected = whole.draw(row, whole.edit(mask))
         assert found.token == expected.token
         assert np.isfinite(apply_edit(row, edit)[found.token])
@@ -102,7 +108,7 @@ def test_whole_rows_are_seldom_needed(changes: dict[str, Any], least: float) -> 
     for row in logits:
         edit = sampler.edit()
         listed = HostLogits(row[None]).shortlist(sampling.shortlist_size, [edit])
-        if sampler.draw_short(listed, 0, edit) is None:
+        if drawn(sampler, listed, edit) is None:
             asked += 1
             sampler.draw(row, edit)
     assert 1 - asked / len(logits) >= least
@@ -117,8 +123,7 @@ def test_a_wrong_total_would_show() -> None:
         edit = short.edit()
         listed = HostLogits(row[None]).shortlist(64, [edit])
         wrong = replace(listed, total=np.log(np.exp(listed.scores.astype(float)).sum(axis=1)))
-        drawn = short.draw_short(wrong, 0, edit) or short.draw(row, edit)
-        found.append(drawn.token)
+        found.append((drawn(short, wrong, edit) or short.draw(row, edit)).token)
         expected.append(whole.draw(row).token)
     assert found != expected
 
