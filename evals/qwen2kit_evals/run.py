@@ -25,6 +25,7 @@ from qwen2kit_evals.request_log import RequestLog
 from qwen2kit_evals.results import EvalResult, check_output, plain, sample_rows, write_results
 from qwen2kit_evals.suite_tasks import SuiteSelection
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
+from qwen2kit_evals.templates import compiled_once
 
 
 def evaluate(
@@ -148,7 +149,7 @@ def run_tasks(
     """
     for task in selection.objects:
         run_ahead(task)
-    with local_datasets(selection.data), quiet_lm_eval():
+    with local_datasets(selection.data), quiet_lm_eval(), compiled_once():
         report: dict[str, Any] = simple_evaluate(
             model,
             tasks=list(selection.objects),
