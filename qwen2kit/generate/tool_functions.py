@@ -138,7 +138,7 @@ def _fields(function: Callable[..., Any], described: Mapping[str, str]) -> dict[
             raise ConfigError(f"tool {name}: parameter {parameter.name} has no type hint")
         extra = {} if parameter.default in (parameter.empty, None) else _default(parameter.default)
         about = Field(description=described.get(parameter.name), json_schema_extra=extra or None)
-        hint: Any = Annotated[hints[parameter.name], about]  # type: ignore[valid-type,name-defined]
+        hint: Any = Annotated[hints[parameter.name], about]
         optional = parameter.default is not parameter.empty
         fields[parameter.name] = NotRequired[hint] if optional else hint
     return fields
