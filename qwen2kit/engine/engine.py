@@ -16,6 +16,7 @@ from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
 from qwen2kit.backend.slots import Feed
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
+from qwen2kit.engine.jump_ahead import JumpAhead
 from qwen2kit.engine.request import Request
 from qwen2kit.engine.run_ahead import RunAhead, can_run_ahead
 from qwen2kit.engine.sequence import Sequence, start
@@ -33,7 +34,8 @@ class Engine:
         slots: most requests running at a time; the model may offer fewer.
         capacity: longest sequence in tokens, prompt included.
         prefill_tokens: most prompt tokens read in one step, so that running requests go on.
-        drafter: guesses tokens ahead; the engine closes it.
+        drafter: guesses tokens ahead; the engine closes it. What a grammar forces is taken several
+            tokens at a time without one.
 
     Raises:
         BackendError: not even one slot of ``capacity`` tokens is possible.
@@ -54,7 +56,8 @@ class Engine:
         self.capacity = capacity
         self._spec = model.spec
         self._prefill = prefill_tokens
-        self._drafter = drafter
+        self._speculates = drafter is not None
+        self._drafter = JumpAhead(drafter)
         self._slots = model.slots(slots, capacity)
         self._table = SlotTable(self._slots.count)
         self._waiting: deque[Sequence] = deque()
@@ -123,7 +126,7 @@ class Engine:
         if not self._running:
             return []
         self.stats.steps += 1
-        if self._drafter is None and self._ahead is None:
+        if not self._speculates and self._ahead is None:
             sequences = list(self._running.values())
             if can_run_ahead(sequences):
                 self._ahead = RunAhead(self._slots, sequences)
@@ -135,8 +138,7 @@ class Engine:
         self._stop_running_ahead()
         self._waiting.clear()
         self._running.clear()
-        if self._drafter is not None:
-            self._drafter.close()
+        self._drafter.close()
         self._slots.close()
 
     def __enter__(self) -> Engine:
@@ -166,8 +168,7 @@ class Engine:
         self._running[sequence.key] = sequence
         self.stats.prompt_tokens += len(sequence.tokens)
         self.stats.cached_tokens += place.keep
-        if self._drafter is not None:
-            self._drafter.begin(sequence.key, sequence.request)
+        self._drafter.begin(sequence.key, sequence.request)
 
     def _follow_ahead(self) -> list[TokenEvent] | None:
         """A step of the device's own; None if it takes none."""
@@ -220,12 +221,13 @@ class Engine:
         ]
 
     def _drafts(self) -> dict[int, tuple[int, ...]]:
-        if self._drafter is None:
-            return {}
+        """Guesses for those that are between two draws, of a drafter or of their own grammar."""
         asked = [
             Unfinished(item.key, item.tokens, item.left - 1, item.sampler)
             for item in self._running.values()
-            if item.unfed == 1 and item.left > 1
+            if item.unfed == 1
+            and item.left > 1
+            and (self._speculates or item.request.constraint is not None)
         ]
         guesses = self._drafter.propose(asked) if asked else []
         self.stats.drafted += sum(map(len, guesses))
@@ -271,5 +273,4 @@ class Engine:
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
         self._table.leave(sequence, self.stats.steps)
-        if self._drafter is not None:
-            self._drafter.forget(sequence.key)
+        self._drafter.forget(sequence.key)

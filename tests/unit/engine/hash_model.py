@@ -107,6 +107,9 @@ class EveryThird(Constraint):
             allowed = np.arange(VOCAB) == self.turn
         return None if self.count == 1 else pack_mask(allowed)
 
+    def forced(self) -> tuple[int, ...]:
+        return (self.turn,) if self.count % 4 == 3 and not self.finished else ()
+
     def accept(self, token: int) -> None:
         mask = self.mask()
         assert mask is None or mask[token // 32] >> (token % 32) & 1

@@ -350,6 +350,16 @@ def test_right_drafts_save_passes_and_wrong_ones_cost_nothing_but_work() -> None
     assert passes[99] < 15
 
 
+def test_what_a_grammar_forces_takes_no_pass_of_its_own() -> None:
+    model = HashModel()
+    wish = Wish((4, 5, 6), Sampling(max_new_tokens=40), 0, (1, 24))
+    engine = engine_of(model)
+    found = run(engine, wish.request())[0]
+    assert found == [drawn.token for drawn, _ in alone(model, wish.request(), 99)]
+    # Every fourth token is forced; the very last of them has nothing drawn beside it.
+    assert (len(found), engine.stats.accepted, engine.stats.steps) == (24, 5, 19)
+
+
 def test_what_cannot_fit_is_refused_in_one_line() -> None:
     engine = engine_of(HashModel(), capacity=20)
     for prompt, message in (
