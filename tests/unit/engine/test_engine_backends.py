@@ -1,0 +1,95 @@
+"""The same on real slots: tiny float32 models, random schedules, next to whole passes alone."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from qwen2kit.backend.conformance.models import UNTIED, loaded
+from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.engine.engine import Engine
+from qwen2kit.engine.request import Request
+from qwen2kit.generate.sampling import Sampling
+from tests.unit.engine.hash_model import EveryThird, alone
+from tests.unit.engine.test_engine import Guesser
+
+SPEC = replace(UNTIED, vocab_size=80)
+CAPACITY = 60
+
+
+@pytest.fixture(scope="module", params=["torch", "mlx"])
+def model(request: pytest.FixtureRequest) -> CompiledModel:
+    pytest.importorskip("torch" if request.param == "torch" else "mlx.core")
+    from qwen2kit.backend.registry import get
+
+    return loaded(get(request.param), SPEC)
+
+
+def some_request(dice: random.Random, plain: bool) -> Request:
+    stem = [7 * i % 80 for i in range(dice.choice([0, 0, 3, 20, 20, 33]))]
+    prompt = (*stem, *(dice.randrange(80) for _ in range(dice.randint(1, 12))))
+    if plain:
+        return Request(prompt, Sampling(max_new_tokens=dice.randint(1, 15)))
+    sampling = Sampling(
+        max_new_tokens=dice.randint(1, 15),
+        stop_token_ids=dice.choice([(), (1, 2, 3, 4)]),
+        temperature=dice.choice([0.0, 0.7, 1.2]),
+        top_k=dice.choice([0, 10]),
+        top_p=dice.choice([1.0, 0.9]),
+        repetition_penalty=dice.choice([1.0, 1.1]),
+        presence_penalty=dice.choice([0.0, 0.5]),
+        vocab_limit=dice.choice([None, 70]),
+        top_logprobs=dice.choice([0, 2]),
+        seed=dice.randrange(9),
+    )
+    constrained = dice.random() < 0.3
+    return Request(prompt, sampling, dice.randrange(3), EveryThird(1, 9) if constrained else None)
+
+
+def again(request: Request) -> Request:
+    """The request with its constraint at the beginning."""
+    return request if request.constraint is None else replace(request, constraint=EveryThird(1, 9))
+
+
+@pytest.mark.parametrize("drafts", [None, (3, 5)], ids=["plain", "drafts"])
+@pytest.mark.parametrize("plain", [False, True], ids=["any", "greedy"])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_request_gets_its_own_tokens(
+    model: CompiledModel, seed: int, plain: bool, drafts: tuple[int, int] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("qwen2kit.engine.slot_table.WORTH_COPYING", 4)
+    dice = random.Random(seed)
+    requests = [some_request(dice, plain) for _ in range(10)]
+    expected: list[list[Any]] = []
+    for request in requests:
+        room = CAPACITY - len(request.prompt)
+        found = alone(model, again(request), room)  # type: ignore[arg-type]
+        expected.append([(drawn.token, reason) for drawn, reason in found])
+    guesser = None if drafts is None else Guesser(*drafts)
+    if guesser is not None:
+        guesser.answers = {
+            request.prompt: [token for token, _ in tokens]
+            for request, tokens in zip(requests, expected, strict=True)
+        }
+    said: dict[int, list[Any]] = {}
+    cancelled = set()
+    with Engine(
+        model, slots=3, capacity=CAPACITY, prefill_tokens=dice.choice([1, 7, 64]), drafter=guesser
+    ) as engine:
+        waiting = list(requests)
+        while waiting or engine.busy:
+            if waiting and dice.random() < 0.4:
+                said[engine.submit(waiting.pop(0))] = []
+            if said and dice.random() < 0.03:
+                cancelled.add(key := dice.choice(list(said)))
+                engine.cancel(key)
+            for event in engine.step():
+                said[event.prompt].append((event.token, event.finish_reason))
+    assert len(said) == len(requests)
+    for key, mine in said.items():
+        assert mine == expected[key][: len(mine)]
+        assert key in cancelled or mine == expected[key]
