@@ -9,7 +9,7 @@ heads), C head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.rotary import Rotary, Rotation
 from qwen2kit_mlx.slot_store import SlotStore
-from qwen2kit_mlx.visibility import View, ragged_view, view
+from qwen2kit_mlx.visibility import View, ragged, view
 
 
 class Attend(Protocol):
@@ -38,12 +38,23 @@ class Heads:
         spec: the model.
         rotary: its rotations.
         kernels: who computes.
+        dtype: the compute dtype.
     """
 
-    def __init__(self, spec: ModelSpec, rotary: Rotary, kernels: Kernels) -> None:
-        self.rotary, self.kernels = rotary, kernels
+    def __init__(self, spec: ModelSpec, rotary: Rotary, kernels: Kernels, dtype: mx.Dtype) -> None:
+        self.rotary, self.kernels, self._dtype = rotary, kernels, dtype
         self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+
+    def views(self, see: Callable[[int | None], View]) -> dict[int | None, View]:
+        """What ``see`` gives for every kind of window, masks made ready."""
+        views = {window: see(window) for window in set(self.windows)}
+        return {
+            window: View(seen.first, self.kernels.mask(seen.mask, self._dtype))
+            if isinstance(seen.mask, mx.array)
+            else seen
+            for window, seen in views.items()
+        }
 
     def rotated(
         self, stacked_BTGC: mx.array, rotation: Rotation
@@ -72,7 +83,7 @@ class Fresh:
     def __init__(self, heads: Heads, count: int) -> None:
         self._heads = heads
         self._rotation = heads.rotary.at(0, count)
-        self._views = {window: view(0, count, window) for window in set(heads.windows)}
+        self._views = heads.views(lambda window: view(0, count, window))
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
@@ -97,7 +108,7 @@ class Prompt:
         self._row, self._start, self._end = row, start, start + count
         store.reserve(self._end)
         self._rotation = heads.rotary.at(start, count)
-        self._views = {window: view(start, count, window) for window in set(heads.windows)}
+        self._views = heads.views(lambda window: view(start, count, window))
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`; B is 1."""
@@ -125,7 +136,8 @@ class Block:
             heads.query + heads.kv,
             heads.kv,
         )
-        self._views = {window: self._view(window) for window in set(heads.windows)}
+        self._end = place.end if place.index is None or not heads.kernels.pads else store.room
+        self._views = heads.views(self._view)
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
@@ -134,7 +146,7 @@ class Block:
         rows, count, _, width = rotated_BTGC.shape
         new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
         columns.write(place, new)
-        keys, values = columns.read(place.rows, place.end)
+        keys, values = columns.read(place.rows, self._end)
         q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
         return heads.attention(q_BHTC, keys, values, self._views[heads.windows[layer]])
 
@@ -142,7 +154,7 @@ class Block:
         place = self._place
         if place.index is None:
             return view(place.start, place.count, window)
-        return ragged_view(place.index[1], place.end, window)
+        return View(0, ragged(place.index[1], self._end, window))
 
 
 class Segments:

@@ -16,7 +16,7 @@ from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_mlx.compiled import MLXModel
 from qwen2kit_mlx.host_kernels import HostKernels
-from qwen2kit_mlx.kernels import Kernels, NativeKernels
+from qwen2kit_mlx.kernels import CUDAKernels, Kernels, NativeKernels
 from qwen2kit_mlx.weights import BITS, DTYPES
 
 
@@ -104,4 +104,6 @@ def _describe(kind: mx.DeviceType) -> Device:
 def _kernels(on_cpu: bool) -> Kernels:
     if on_cpu and sys.platform != "darwin":
         return HostKernels()
-    return NativeKernels(fuse=not on_cpu, plain_vectors=mx.cuda.is_available())
+    if not on_cpu and mx.cuda.is_available():
+        return CUDAKernels(fuse=True)
+    return NativeKernels(fuse=not on_cpu)

@@ -112,6 +112,10 @@ class DenseColumns:
         self._stored = self._stored[:, order]
         mx.eval(self._stored)
 
+    def keep(self, columns: mx.array) -> None:
+        """Let column ``i`` be what column ``columns[i]`` was."""
+        self._stored = self._stored[:, :, :, columns]
+
     def arrays(self) -> tuple[mx.array, ...]:
         """Everything stored."""
         return (self._stored,)

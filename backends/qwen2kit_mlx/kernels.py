@@ -22,11 +22,13 @@ class Kernels(Protocol):
     Attributes:
         lazy: whether results are computed in the background, so that building the next step
             while the current token is handed out gains time.
+        pads: whether attention is prepared anew for every shape, so that shapes should repeat.
         stacks: whether matrices that read the same input are worth merging into one (fewer
             launches), at the price of another copy at load time.
     """
 
     lazy: bool
+    pads: bool
     stacks: bool
 
     def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
@@ -48,14 +50,19 @@ class Kernels(Protocol):
         """``silu(gate) * up``, elementwise."""
         ...
 
+    def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
+        """A mask for `attention` from booleans that broadcast to ``[B, 1, T, S]`` (true =
+        visible); ``dtype`` is that of the queries."""
+        ...
+
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
     ) -> mx.array:
         """Softmax attention ``[B, H, T, C]``; query head ``h`` reads kv head ``h * K // H``.
 
         Args:
-            mask: ``"causal"`` (queries are the last T of S positions), a boolean array that
-                broadcasts to ``[B, 1, T, S]`` (true = visible), or None (all visible).
+            mask: ``"causal"`` (queries are the last T of S positions), what `mask` gave, or None
+                (all visible).
         """
         ...
 
@@ -66,24 +73,18 @@ class NativeKernels:
     Args:
         fuse: compile elementwise chains into one kernel; worth it on GPUs only (on CPUs MLX calls
             the system's C++ compiler for it).
-        plain_vectors: add to products of one row in an operation of its own: MLX's CUDA build has
-            a matrix-vector kernel for plain products only, and calls cuBLAS for others.
     """
 
     lazy = True
+    pads = False
     stacks = True
 
-    def __init__(self, *, fuse: bool, plain_vectors: bool = False) -> None:
-        self._plain_vectors = plain_vectors
+    def __init__(self, *, fuse: bool) -> None:
         self._swiglu = mx.compile(_swiglu, shapeless=True) if fuse else _swiglu
 
     def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
         """See `Kernels.linear`."""
-        if added is None:
-            return x @ weight
-        if self._plain_vectors and x.shape[0] == 1:
-            return x @ weight + added
-        return mx.addmm(added, x, weight)
+        return x @ weight if added is None else mx.addmm(added, x, weight)
 
     def affine_linear(
         self,
@@ -102,11 +103,48 @@ class NativeKernels:
         """See `Kernels.swiglu`."""
         return self._swiglu(gate, up)
 
+    def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `Kernels.mask`."""
+        del dtype
+        return visible
+
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
     ) -> mx.array:
         """See `Kernels.attention`."""
         return mx.fast.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, scale=scale, mask=mask)
+
+
+class CUDAKernels(NativeKernels):
+    """MLX alone, along the paths where its CUDA build is fast.
+
+    A product of one row has a matrix-vector kernel if nothing is added to it, and goes through
+    cuBLAS otherwise. Attention with a mask has a kernel (cuDNN) for masks that are added and for
+    more than one query; cuDNN plans once per shape.
+    """
+
+    pads = True
+
+    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
+        """See `Kernels.linear`."""
+        if added is not None and x.shape[0] == 1:
+            return x @ weight + added
+        return super().linear(x, weight, added)
+
+    def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
+        """See `Kernels.mask`."""
+        return mx.where(visible, 0.0, -mx.inf).astype(dtype)
+
+    def attention(
+        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
+    ) -> mx.array:
+        """See `Kernels.attention`; query heads that share keys become queries of one head."""
+        rows, heads, queries, width = q_BHTC.shape
+        if queries > 1 or not isinstance(mask, mx.array):
+            return super().attention(q_BHTC, k_BKSC, v_BKSC, scale, mask)
+        q_BKGC = q_BHTC.reshape(rows, k_BKSC.shape[1], -1, width)
+        out = super().attention(q_BKGC, k_BKSC, v_BKSC, scale, mask)
+        return out.reshape(rows, heads, 1, width)
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -56,7 +56,7 @@ class Decoder:
         self, spec: ModelSpec, params: ModelParams, kernels: Kernels, dtype: mx.Dtype
     ) -> None:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
-        self.heads = Heads(spec, Rotary(spec, dtype), kernels)
+        self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype)
 
     def __call__(
         self, tokens_BT: mx.array, attend: Attend, trace: list[mx.array] | None = None

@@ -17,10 +17,14 @@ class SlotStore:
         spec: the model.
         rows: sequences.
         dtype: compute dtype.
+
+    Attributes:
+        layers: keys and values by layer.
+        room: columns there is room for.
     """
 
     def __init__(self, spec: ModelSpec, rows: int, dtype: mx.Dtype) -> None:
-        self._room = 0
+        self.room = 0
         self.layers = [
             DenseColumns(rows, spec.num_key_value_heads, spec.head_dim, dtype)
             for _ in range(spec.num_hidden_layers)
@@ -28,10 +32,10 @@ class SlotStore:
 
     def reserve(self, end: int) -> None:
         """Make room for positions below ``end`` in every row."""
-        if end > self._room:
-            self._room = -(-end // BLOCK) * BLOCK
+        if end > self.room:
+            self.room = -(-end // BLOCK) * BLOCK
             for layer in self.layers:
-                layer.reserve(self._room)
+                layer.reserve(self.room)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first ``length`` positions of row ``target`` those of row ``source``."""
@@ -43,6 +47,12 @@ class SlotStore:
         index = mx.array(list(order))
         for layer in self.layers:
             layer.permute(index)
+
+    def keep(self, columns: Sequence[int]) -> None:
+        """Make these columns the first ones, in every row; the others are undefined after that."""
+        index = mx.array([*columns, *(0,) * (self.room - len(columns))], dtype=mx.int32)
+        for layer in self.layers:
+            layer.keep(index)
 
     def drop(self) -> None:
         """Forget everything, so that the memory can be reused."""

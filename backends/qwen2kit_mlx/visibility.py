@@ -15,7 +15,8 @@ from qwen2kit_mlx.kernels import Mask
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Columns from ``first`` on, under ``mask`` (see `Kernels.attention`)."""
+    """Columns from ``first`` on, under ``mask`` (see `Kernels.attention`; booleans until
+    `Kernels.mask` has seen them)."""
 
     first: int
     mask: Mask
@@ -39,10 +40,10 @@ def view(start: int, count: int, window: int | None) -> View:
     return View(first, mx.array((distance_TS >= 0) & (distance_TS < window))[None, None])
 
 
-def ragged_view(positions_BT: mx.array, end: int, window: int | None) -> View:
-    """The same where rows differ: ``positions_BT`` are the queries', ``end`` is S."""
+def ragged(positions_BT: mx.array, end: int, window: int | None) -> mx.array:
+    """Booleans ``[B, 1, T, end]``: what queries at positions that differ by row see."""
     own_BT1, columns_S = positions_BT[:, :, None], mx.arange(end)
     visible_BTS = columns_S <= own_BT1
     if window is not None:
         visible_BTS = visible_BTS & (columns_S > own_BT1 - window)
-    return View(0, visible_BTS[:, None])
+    return visible_BTS[:, None]

@@ -18,10 +18,14 @@ from qwen2kit.weights.source import AffineTensor, MemorySource, TensorInfo, Weig
 from qwen2kit.weights.tensor import HostTensor, from_numpy
 from qwen2kit_mlx.compiled import MLXModel
 from qwen2kit_mlx.host_kernels import HostKernels
-from qwen2kit_mlx.kernels import Kernels, NativeKernels
+from qwen2kit_mlx.kernels import CUDAKernels, Kernels, NativeKernels
 from tests.conftest import small_spec
 
-KERNELS: dict[str, Kernels] = {"native": NativeKernels(fuse=False), "host": HostKernels()}
+KERNELS: dict[str, Kernels] = {
+    "native": NativeKernels(fuse=False),
+    "cuda": CUDAKernels(fuse=False),
+    "host": HostKernels(),
+}
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64)
 SPECS = {
     "tied": small_spec(),

@@ -53,7 +53,8 @@ def test_scores_equal_the_reference(
     batch = requests()
     greedy = ReferenceModel(spec, random_weights(spec)).logits([3])[-1].argmax()
     batch.append(ScoreRequest((3,), (int(greedy),)))
-    for feed, rows in ((2048, 128), (3, 2)):
+    for pack, feed, rows in ((256, 2048, 128), (30, 2048, 128), (1, 3, 2)):
+        monkeypatch.setattr("qwen2kit_mlx.score.CPU_PACK", pack)
         monkeypatch.setattr("qwen2kit_mlx.score.PREFILL_TOKENS", feed)
         monkeypatch.setattr("qwen2kit_mlx.score.LOGIT_ROWS", rows)
         got = dict(ours.score(batch))
