@@ -5,7 +5,9 @@
 
 Every implementation gets the same tasks, shots and prompts. Per task: the largest difference of
 log-probabilities in nats, whether the same answers win and the same texts are generated, and the
-wall time. Exits with 7 if a difference exceeds the tolerance or an answer differs.
+wall time. Exits with 7 if a difference exceeds the tolerance or an answer differs. Over a long text
+(rolling tasks) the rounding of ``hf``'s float32 log-softmax adds up; ``--hf-softmax float64`` ends
+that.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ from rich.table import Table
 
 from qwen2kit.backend.loading import load_model
 from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.cli.eval_code import code_runner
 from qwen2kit.errors import Qwen2KitError
 from qwen2kit.weights.checkpoint import open_checkpoint
+from qwen2kit_evals.code_eval import code_execution
 from qwen2kit_evals.compare import Agreement, compare_samples
 from qwen2kit_evals.harness import Qwen2KitLM
 from qwen2kit_evals.provenance import model_provenance
@@ -40,7 +44,8 @@ Samples = dict[str, list[dict[str, Any]]]
 def main() -> int:
     options = arguments()
     try:
-        return compare(options)
+        with code_execution(code_runner(options.allow_code_execution, False)):
+            return compare(options)
     except Qwen2KitError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
@@ -57,6 +62,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--backends", default="torch,mlx")
     parser.add_argument("--device", default="cpu", help="of the hf model and the torch backend")
     parser.add_argument("--batch-size", type=int, default=1, help="generation, ours and hf's")
+    parser.add_argument(
+        "--hf-softmax", default="float32", help="dtype of the hf model's log-softmax"
+    )
+    parser.add_argument("--allow-code-execution", action="store_true")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="nats")
     parser.add_argument("--output", type=Path, help="JSON file")
     return parser.parse_args()
@@ -119,6 +128,7 @@ def hf_model(options: argparse.Namespace) -> Any:
         options.model,
         device=options.device,
         dtype="float32",
+        softmax_dtype=options.hf_softmax,
         batch_size=options.batch_size,
         prefix_token_id=tokenizer.eot_id,
     )
