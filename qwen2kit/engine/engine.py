@@ -8,12 +8,14 @@ its request has ended: a later prompt that begins alike builds upon them.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Tokens
 from itertools import islice
 from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
-from qwen2kit.backend.slots import Feed
+from qwen2kit.backend.slots import Feed, PersistentSlots
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
 from qwen2kit.engine.jump_ahead import JumpAhead
@@ -24,6 +26,7 @@ from qwen2kit.engine.slot_table import Place, SlotTable
 from qwen2kit.engine.stats import EngineStats
 from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.generate.sampling import Drawn
+from qwen2kit.weights.tensor import HostTensor
 
 
 class Engine:
@@ -132,6 +135,39 @@ class Engine:
                 self._ahead = RunAhead(self._slots, sequences)
         events = self._follow_ahead()
         return self._advance() if events is None else events
+
+    def export(self, tokens: Tokens[int]) -> tuple[int, Iterator[tuple[str, HostTensor]]]:
+        """How many of the first ``tokens`` some slot holds, and their keys and values as
+        `PersistentSlots.export` gives them. To be read before the next `step`.
+
+        Raises:
+            BackendError: slots of this backend cannot be saved.
+        """
+        self._stop_running_ahead()
+        slot, length = self._table.longest(list(tokens))
+        return length, self._persistent().export(slot, length)
+
+    def restore(self, tokens: Tokens[int], tensors: Iterator[tuple[str, HostTensor]]) -> None:
+        """Put back what `export` gave for ``tokens``; prompts that begin with them build upon it.
+
+        Raises:
+            BackendError: slots of this backend cannot be saved, all are taken, or the tokens do
+                not fit.
+            WeightError: the tensors do not fit.
+        """
+        check_tokens(tokens, self._spec, self.capacity, "the saved prompt")
+        slots = self._persistent()
+        if not self._table.free:
+            raise BackendError("all slots are taken; restore a prompt before requests run")
+        self._stop_running_ahead()
+        slot = self._table.forget_oldest()
+        slots.restore(slot, tensors)
+        self._table.put(slot, list(tokens), self.stats.steps)
+
+    def _persistent(self) -> PersistentSlots:
+        if not isinstance(self._slots, PersistentSlots):
+            raise BackendError("this backend cannot save prompts; use torch or mlx")
+        return self._slots
 
     def close(self) -> None:
         """Give the memory back; idempotent."""

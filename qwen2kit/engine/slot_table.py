@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from qwen2kit.engine.sequence import Sequence
+from qwen2kit.engine.request import Request
+from qwen2kit.engine.sequence import Sequence, start
+from qwen2kit.generate.sampling import Sampling
 
 WORTH_COPYING = 32
 """Tokens from which on copying a prefix between slots is quicker than computing it."""
@@ -70,6 +72,27 @@ class SlotTable:
         """``sequence`` has ended at time ``now``; what it fed stays until the slot is taken."""
         sequence.ended = now
         self._free.add(sequence.slot)
+
+    def longest(self, tokens: list[int]) -> tuple[int, int]:
+        """A slot that holds as many of the first ``tokens`` as any does, and how many."""
+        common = [
+            0 if held is None else min(common_prefix(tokens, held.tokens), held.fed)
+            for held in self._held
+        ]
+        best = max(range(len(common)), key=common.__getitem__)
+        return best, common[best]
+
+    def forget_oldest(self) -> int:
+        """The free slot that was left longest ago, now empty."""
+        slot = min(self._free, key=self._left)
+        self._held[slot] = None
+        return slot
+
+    def put(self, slot: int, tokens: list[int], now: int) -> None:
+        """A free slot now holds ``tokens``, all of them fed."""
+        sequence = start(-1, Request(tuple(tokens), Sampling()), len(tokens))
+        sequence.slot, sequence.fed, sequence.ended = slot, len(tokens), now
+        self._held[slot] = sequence
 
     def _place(self, usable: list[int]) -> Place:
         source = max(range(len(usable)), key=usable.__getitem__)

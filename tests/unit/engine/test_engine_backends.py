@@ -12,8 +12,9 @@ from qwen2kit.backend.conformance.models import UNTIED, loaded
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Request
+from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
-from tests.unit.engine.hash_model import EveryThird, alone
+from tests.unit.engine.hash_model import EveryThird, HashModel, alone
 from tests.unit.engine.test_engine import Guesser
 
 SPEC = replace(UNTIED, vocab_size=80)
@@ -93,3 +94,41 @@ def test_each_request_gets_its_own_tokens(
     for key, mine in said.items():
         assert mine == expected[key][: len(mine)]
         assert key in cancelled or mine == expected[key]
+
+
+def test_a_saved_prompt_is_not_read_again(model: CompiledModel) -> None:
+    prompt = tuple(7 * i % 80 for i in range(40))
+    request = Request((*prompt, 5, 6), Sampling(max_new_tokens=6))
+    with Engine(model, slots=2, capacity=CAPACITY) as engine:
+        expected = _tokens(engine, request)
+        length, tensors = engine.export((*prompt, 70, 71))
+        saved = list(tensors)
+    assert length == len(prompt)
+    with Engine(model, slots=2, capacity=CAPACITY) as engine:
+        engine.restore(prompt, iter(saved))
+        assert _tokens(engine, request) == expected
+        assert engine.stats.cached_tokens == len(prompt)
+        engine.submit(request)
+        engine.submit(request)
+        engine.step()
+        engine.step()
+        with pytest.raises(BackendError, match="all slots are taken"):
+            engine.restore(prompt, iter(saved))
+        with pytest.raises(BackendError, match="the saved prompt has 61 tokens"):
+            engine.restore([1] * 61, iter(saved))
+
+
+def test_other_slots_say_that_they_cannot_be_saved() -> None:
+    with Engine(HashModel(), slots=1, capacity=9) as engine:  # type: ignore[arg-type]
+        with pytest.raises(BackendError, match="cannot save prompts"):
+            engine.export([1])
+        with pytest.raises(BackendError, match="cannot save prompts"):
+            engine.restore([1], iter(()))
+
+
+def _tokens(engine: Engine, request: Request) -> list[int]:
+    engine.submit(request)
+    found = []
+    while engine.busy:
+        found += [event.token for event in engine.step()]
+    return found
