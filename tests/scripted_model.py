@@ -42,7 +42,8 @@ class ScriptedSlots:
         for feed in feeds:
             held = self._held[feed.slot]
             held[feed.start :] = feed.tokens
-            if feed.start < self._scripts[feed.slot][0]:
+            start, script = self._scripts[feed.slot]
+            if feed.start < start or held[start:] != list(script[: len(held) - start]):
                 self._scripts[feed.slot] = (0, ())
             if feed.wanted:
                 rows.append(self._next(feed.slot))

@@ -10,7 +10,9 @@ import pytest
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport
+from qwen2kit.engine.prompt_lookup import PromptLookup
 from qwen2kit.errors import ConfigError, TokenizerError
+from qwen2kit.generate import chat_engine
 from qwen2kit.generate.chat_session import ChatSession
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.checkpoint import open_checkpoint
@@ -140,6 +142,60 @@ def test_control_tokens_in_text_stay_text(loaded: LoadedModel) -> None:
     assert session.typed_controls("a < b | c > d") == []
 
 
+def test_a_turn_reads_what_is_new(loaded: LoadedModel) -> None:
+    _say(loaded, "the cat sat on the mat")
+    session = ChatSession(loaded)
+    list(session.send("one?"))
+    assert session.last is not None
+    first = session.last
+    assert first.cached_tokens == 0
+    list(session.send("two?"))
+    assert session.last.context_tokens == len(_prompt(loaded)) + session.last.tokens
+    assert session.last.cached_tokens >= first.context_tokens - 1
+    list(session.send("three?"))
+    before = session.last
+    session.close()
+    list(session.send("four?"))
+    assert session.last.cached_tokens == 0
+    assert session.last.prompt_tokens > before.prompt_tokens
+
+
+def test_room_grows_with_the_conversation(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_engine, "_FIRST_CAPACITY", 64)
+    _say(loaded, "yes")
+    session = ChatSession(loaded, max_new_tokens=8)
+    cached = []
+    for _ in range(6):
+        assert "".join(session.send("go on")) == "yes"  # type: ignore[arg-type]
+        assert session.last is not None
+        cached.append(session.last.cached_tokens)
+    assert cached[0] == 0
+    assert 0 in cached[1:]  # read again when it grew
+    assert max(cached) > 100
+
+
+def test_load_goes_on_from_saved_messages(loaded: LoadedModel) -> None:
+    _say(loaded, "ok")
+    session = ChatSession(loaded, system="short")
+    list(session.send("a"))
+    other = ChatSession(loaded, system="long")
+    other.load(session.messages)
+    assert other.messages == session.messages
+    list(session.send("b"))
+    expected = _prompt(loaded)
+    list(other.send("b"))
+    assert _prompt(loaded) == expected
+    other.load(session.messages[1:])
+    assert other.system is None
+    with pytest.raises(TokenizerError, match="no role"):
+        other.load([{"content": "x"}])
+    loaded.tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="no chat template"):
+        other.load(session.messages)
+
+
 def test_closing_keeps_what_was_said(loaded: LoadedModel) -> None:
     _say(loaded, "the cat sat on the mat")
     session = ChatSession(loaded)
@@ -235,3 +291,9 @@ def test_greedy_answer_equals_transformers(model_dir: Path, backend: str) -> Non
     assert session.last is not None
     assert session.last.tokens == len(output)
     assert answer == loaded.tokenizer.decode(output, skip_special=True)
+    guessing = ChatSession(
+        loaded, drafter=lambda slots, capacity: PromptLookup(4, shortest_match=1), max_new_tokens=24
+    )
+    assert "".join(guessing.send("what is the answer?")) == answer  # type: ignore[arg-type]
+    assert guessing.last is not None
+    assert guessing.last.drafted > 0
