@@ -74,7 +74,7 @@ class DraftModel:
         cost: float | None = None,
     ) -> None:
         self._slots = model.slots(slots, min(capacity, model.limit))
-        self._table = SlotTable(self._slots.count)
+        self._table = SlotTable(self._slots.count, self._slots.capacity)
         self._known = min(model.spec.vocab_size, target.spec.vocab_size)
         small, large = (count_params(m.spec).activated for m in (model, target))
         self._cost = small / large + _CHECK_COST if cost is None else cost

@@ -62,7 +62,7 @@ class Engine:
         self._speculates = drafter is not None
         self._drafter = JumpAhead(drafter)
         self._slots = model.slots(slots, capacity)
-        self._table = SlotTable(self._slots.count)
+        self._table = SlotTable(self._slots.count, capacity)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
         self._ahead: RunAhead | None = None
@@ -144,7 +144,7 @@ class Engine:
             BackendError: slots of this backend cannot be saved.
         """
         self._stop_running_ahead()
-        slot, length = self._table.longest(list(tokens))
+        slot, length = self._table.longest(tokens)
         return length, self._persistent().export(slot, length)
 
     def restore(self, tokens: Tokens[int], tensors: Iterator[tuple[str, HostTensor]]) -> None:
@@ -160,9 +160,10 @@ class Engine:
         if not self._table.free:
             raise BackendError("all slots are taken; restore a prompt before requests run")
         self._stop_running_ahead()
-        slot = self._table.forget_oldest()
+        slot = self._table.oldest()
+        self._table.put(slot, (), self.stats.steps)
         slots.restore(slot, tensors)
-        self._table.put(slot, list(tokens), self.stats.steps)
+        self._table.put(slot, tokens, self.stats.steps)
 
     def _persistent(self) -> PersistentSlots:
         if not isinstance(self._slots, PersistentSlots):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence as Tokens
+from typing import TYPE_CHECKING, NamedTuple
 
-from qwen2kit.engine.request import Request
-from qwen2kit.engine.sequence import Sequence, start
-from qwen2kit.generate.sampling import Sampling
+from qwen2kit.engine.sequence import Sequence
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 WORTH_COPYING = 32
 """Tokens from which on copying a prefix between slots is quicker than computing it."""
@@ -27,14 +30,22 @@ class Place(NamedTuple):
 
 
 class SlotTable:
-    """Sequences by slot; those that have ended stay as a cache until their slot is taken.
+    """Tokens by slot; those of ended sequences stay as a cache until their slot is taken.
+
+    What a running sequence says is known when it ends; its prompt at once.
 
     Args:
         count: slots.
+        capacity: tokens of each.
     """
 
-    def __init__(self, count: int) -> None:
-        self._held: list[Sequence | None] = [None] * count
+    def __init__(self, count: int, capacity: int) -> None:
+        import numpy as np
+
+        self._tokens = np.zeros((count, capacity), dtype=np.int32)
+        self._lengths = np.zeros(count, dtype=np.int64)
+        self._left = [-1] * count
+        self._running: dict[int, Sequence] = {}
         self._free = set(range(count))
 
     @property
@@ -42,7 +53,7 @@ class SlotTable:
         """Slots that a prompt may take."""
         return len(self._free)
 
-    def find(self, prompt: list[int]) -> Place | None:
+    def find(self, prompt: Tokens[int]) -> Place | None:
         """The best place for ``prompt``; None if a sequence that is still reading its own prompt
         will soon hold much more of this one than any place does now.
 
@@ -50,79 +61,67 @@ class SlotTable:
         upon where it lies if at most as much of it is lost as is kept; otherwise the slot that
         was left longest ago is taken, and a long prefix is copied there.
         """
-        usable = [0] * len(self._held)
+        usable = self._common(prompt[:-1]).tolist()
         promised = 0
-        for slot, held in enumerate(self._held):
-            if held is not None and held.tokens[0] == prompt[0]:
-                common = min(common_prefix(prompt, held.tokens), len(prompt) - 1)
-                if held.ended is None and held.fed < common:
-                    promised = max(promised, common)
-                else:
-                    usable[slot] = min(common, held.fed)
+        for slot, running in self._running.items():
+            if running.fed < usable[slot]:
+                promised, usable[slot] = max(promised, usable[slot]), 0
         place = self._place(usable)
         return None if promised - place.keep >= WORTH_COPYING else place
 
     def take(self, place: Place, sequence: Sequence) -> None:
         """``sequence`` now holds ``place.slot``."""
         self._free.remove(place.slot)
-        self._held[place.slot] = sequence
+        self._running[place.slot] = sequence
+        self._write(place.slot, 0, sequence.tokens)
         sequence.slot, sequence.fed = place.slot, place.keep
 
     def leave(self, sequence: Sequence, now: int) -> None:
         """``sequence`` has ended at time ``now``; what it fed stays until the slot is taken."""
-        sequence.ended = now
-        self._free.add(sequence.slot)
+        slot, written = sequence.slot, int(self._lengths[sequence.slot])
+        self._write(slot, min(written, sequence.fed), sequence.tokens[written : sequence.fed])
+        del self._running[slot]
+        self._free.add(slot)
+        sequence.ended = self._left[slot] = now
 
-    def longest(self, tokens: list[int]) -> tuple[int, int]:
+    def longest(self, tokens: Tokens[int]) -> tuple[int, int]:
         """A slot that holds as many of the first ``tokens`` as any does, and how many."""
-        common = [
-            0 if held is None else min(common_prefix(tokens, held.tokens), held.fed)
-            for held in self._held
-        ]
+        common = self._common(tokens).tolist()
+        for slot, running in self._running.items():
+            common[slot] = min(common[slot], running.fed)
         best = max(range(len(common)), key=common.__getitem__)
         return best, common[best]
 
-    def forget_oldest(self) -> int:
-        """The free slot that was left longest ago, now empty."""
-        slot = min(self._free, key=self._left)
-        self._held[slot] = None
-        return slot
+    def oldest(self) -> int:
+        """The free slot that was left longest ago."""
+        return min(self._free, key=self._left.__getitem__)
 
-    def put(self, slot: int, tokens: list[int], now: int) -> None:
-        """A free slot now holds ``tokens``, all of them fed."""
-        sequence = start(-1, Request(tuple(tokens), Sampling()), len(tokens))
-        sequence.slot, sequence.fed, sequence.ended = slot, len(tokens), now
-        self._held[slot] = sequence
+    def put(self, slot: int, tokens: Tokens[int], now: int) -> None:
+        """A free slot holds ``tokens``, or nothing."""
+        self._write(slot, 0, tokens)
+        self._left[slot] = now
+
+    def _common(self, tokens: Tokens[int]) -> NDArray[np.int64]:
+        """How many tokens every slot's text has in common with the beginning of ``tokens``."""
+        import numpy as np
+
+        count = min(len(tokens), self._tokens.shape[1])
+        if not count:
+            return np.zeros_like(self._lengths)
+        other = self._tokens[:, :count] != np.asarray(tokens[:count], dtype=np.int32)
+        first = np.where(other.any(axis=1), other.argmax(axis=1), count)
+        return np.minimum(first, self._lengths)
 
     def _place(self, usable: list[int]) -> Place:
         source = max(range(len(usable)), key=usable.__getitem__)
         keep = usable[source]
-        if source in self._free and self._length(source) <= 2 * keep:
+        if source in self._free and self._lengths[source] <= 2 * keep:
             return Place(source, source, keep)
-        oldest = min(self._free, key=self._left)
+        oldest = self.oldest()
         if keep - usable[oldest] >= WORTH_COPYING:
             return Place(oldest, source, keep)
         return Place(oldest, oldest, usable[oldest])
 
-    def _length(self, slot: int) -> int:
-        held = self._held[slot]
-        return 0 if held is None else held.fed
-
-    def _left(self, slot: int) -> int:
-        held = self._held[slot]
-        return -1 if held is None or held.ended is None else held.ended
-
-
-def common_prefix(one: list[int], other: list[int]) -> int:
-    """How many tokens ``one`` and ``other`` begin with in common."""
-    limit = min(len(one), len(other))
-    low, step = 0, 32
-    while low < limit:
-        high = min(low + step, limit)
-        if one[low:high] == other[low:high]:
-            low, step = high, 2 * step
-        elif step > 32:
-            step = 32
-        else:
-            return next(i for i in range(low, high) if one[i] != other[i])
-    return limit
+    def _write(self, slot: int, start: int, tokens: Tokens[int]) -> None:
+        self._tokens[slot, start : start + len(tokens)] = tokens
+        self._lengths[slot] = start + len(tokens)
