@@ -63,7 +63,7 @@ class TorchBackend:
 
     def launch_command(self, processes: int, *, max_restarts: int = 0) -> list[str]:
         """``torchrun`` on this machine, less its own report of failures."""
-        from qwen2kit_torch.parallel.processes import launch_command
+        from qwen2kit_torch.parallel.launch import launch_command
 
         return launch_command(processes, max_restarts=max_restarts)
 

@@ -24,10 +24,6 @@ class Processes(Protocol):
         """Process 0's ``value`` (JSON data) on every process."""
         ...
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        ...
-
     def close(self) -> None:
         """Leave; the last call of a run."""
         ...
@@ -46,9 +42,6 @@ class SingleProcess:
     def share(self, value: Any) -> Any:
         """``value`` itself."""
         return value
-
-    def barrier(self) -> None:
-        """Nothing to wait for."""
 
     def close(self) -> None:
         """Nothing to leave."""

@@ -150,13 +150,8 @@ def _attention(workload: Workload) -> float:
 
 
 def _adapters(workload: Workload, layer: int, recompute: Recompute) -> float:
-    """What adapters add to a token: their inner values, and with ``selective`` their products."""
+    """What adapters add to a token: their inner values."""
     adapter = workload.plan.adapter
     if adapter is None or recompute == "full":
         return 0.0
-    shapes = adapted(workload.spec, adapter, layer)
-    values = adapter.rank * len(shapes)
-    if recompute == "selective":
-        intermediate = ffn_width(workload.spec, layer, 1)
-        values += sum(outputs for outputs, inputs in shapes if inputs != intermediate)
-    return values * workload.width
+    return workload.width * adapter.rank * len(adapted(workload.spec, adapter, layer))

@@ -42,7 +42,7 @@ def _divide(
         divide(joint, parts, cos, sin)
         return parts
     together = joint.view(*joint.shape[:2], heads + 2 * kv_heads, -1)
-    query, key, value = torch.split(together, (heads, kv_heads, kv_heads), dim=-2)
+    query, key, value = torch.split(together, [heads, kv_heads, kv_heads], dim=-2)
     for part, x in zip(
         parts, (_rotate(query, cos, sin), _rotate(key, cos, sin), value), strict=True
     ):

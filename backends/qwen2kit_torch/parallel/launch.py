@@ -27,6 +27,12 @@ _CONSEQUENCES = (-signal.SIGKILL, PeerError.exit_code, -signal.SIGTERM)
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
+def launch_command(processes: int, *, max_restarts: int) -> list[str]:
+    """The command line of this module; the program to run is appended to it."""
+    module = "qwen2kit_torch.parallel.launch"
+    return [sys.executable, "-m", module, str(processes), str(max_restarts)]
+
+
 def launch(processes: int, max_restarts: int, program: list[str]) -> int:
     """Run ``python *program`` as ``processes`` processes; the exit code for this one."""
     threads = max(1, (os.cpu_count() or 1) // processes)

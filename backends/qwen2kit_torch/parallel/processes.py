@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from datetime import timedelta
 from typing import Any
 
@@ -62,12 +61,6 @@ def connect(device: str) -> Processes:
     return TorchProcesses()
 
 
-def launch_command(processes: int, *, max_restarts: int) -> list[str]:
-    """`qwen2kit_torch.parallel.launch` on this machine; the program to run is appended."""
-    module = "qwen2kit_torch.parallel.launch"
-    return [sys.executable, "-m", module, str(processes), str(max_restarts)]
-
-
 # What gloo, NCCL and the key-value store say in errors of no type of their own.
 _LOST = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|Connection refused|remote process exited|"
@@ -105,10 +98,6 @@ class TorchProcesses:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
-
-    def barrier(self) -> None:
-        """Wait for all."""
-        self.any(False)
 
     def close(self) -> None:
         """Leave the process group."""

@@ -74,7 +74,7 @@ def build(
     arithmetic = Arithmetic(dtype=dtype, loss_chunk_tokens=plan.loss_chunk_tokens)
     stage = TrainStage(network, place, arithmetic, mesh)
     for layer in stage.layers:
-        recompute(layer, plan.recompute)
+        recompute(layer, plan.recompute, rank=plan.adapter.rank if plan.adapter else None)
         if compiled:
             compile_layer(layer)
     if mesh.size("fsdp") > 1 or mesh.size("dp_replicate") > 1:

@@ -37,9 +37,6 @@ class Member:
     def share(self, value: Any) -> Any:
         return self._exchange(value)[0]
 
-    def barrier(self) -> None:
-        self._exchange(None)
-
     def close(self) -> None:
         self._exchange(None)
 
