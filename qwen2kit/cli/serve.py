@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
 from qwen2kit.cli.output import console
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
+    from qwen2kit.serve.server import Serving
 
 _KEY_VARIABLE = "QWEN2KIT_API_KEY"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -49,6 +52,8 @@ def serve(
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Most prompt tokens read between two steps.")
     ] = 2048,
+    draft: DraftOption = None,
+    prompt_lookup: PromptLookupOption = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Longest answer; default what the context holds.")
     ] = None,
@@ -65,6 +70,7 @@ def serve(
     _check_key(api_key)
     from qwen2kit.engine.text import TextEngine
     from qwen2kit.serve.limits import Limits
+    from qwen2kit.serve.own_thread import OwnThread
     from qwen2kit.serve.server import Serving, listen
     from qwen2kit.serve.server import serve as run
 
@@ -77,18 +83,32 @@ def serve(
         grace=grace,
     )
     bound = listen(host, port)
-    loaded = _load(model, backend=backend, dtype=dtype, device=device, adapter=adapter)
-    capacity = min(context, loaded.model.limit)
-    engine = TextEngine(loaded, slots=slots, capacity=capacity, prefill_tokens=prefill_tokens)
+    home = OwnThread("engine")
+
+    def load() -> tuple[LoadedModel, TextEngine]:
+        loaded = _load(model, backend=backend, dtype=dtype, device=device, adapter=adapter)
+        make_drafter = drafter_maker(loaded, draft, prompt_lookup)
+        capacity = min(context, loaded.model.limit)
+        drafter = None if make_drafter is None else make_drafter(slots, capacity)
+        engine = TextEngine(
+            loaded,
+            slots=slots,
+            capacity=capacity,
+            prefill_tokens=prefill_tokens,
+            drafter=drafter,
+        )
+        return loaded, engine
+
+    loaded, engine = home.run(load).result()
     serving = Serving(
+        home=home,
         loaded=loaded,
         name=name or _name(model),
         engine=engine,
-        capacity=capacity,
-        limits=limits,
+        limits=replace(limits, slots=engine.engine.slots),
         api_key=api_key,
     )
-    run(serving, bound, lambda: _announce(serving.name, host, bound.getsockname()[1], api_key))
+    run(serving, bound, lambda: _announce(serving, host, bound.getsockname()[1]))
 
 
 def _check_key(api_key: str | None) -> None:
@@ -129,11 +149,12 @@ def _name(model: str) -> str:
     return path.resolve().name.removesuffix(".gguf")
 
 
-def _announce(name: str, host: str, port: int, api_key: str | None) -> None:
-    shown = f"[{host}]" if ":" in host else host
-    console().print(f"serving {name} at http://{shown}:{port}/v1", markup=False, soft_wrap=True)
-    console().print(f"chat page: http://{shown}:{port}/", markup=False, soft_wrap=True)
-    if api_key is None and host not in _LOOPBACK:
+def _announce(serving: Serving, host: str, port: int) -> None:
+    root = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    size = f"{serving.limits.slots} slots of {serving.engine.engine.capacity} tokens"
+    for line in (f"serving {serving.name} at {root}/v1 ({size})", f"chat page: {root}/"):
+        console().print(line, markup=False, soft_wrap=True)
+    if serving.api_key is None and host not in _LOOPBACK:
         console().print(
             f"note: anybody who reaches this address may use it; set {_KEY_VARIABLE}", markup=False
         )

@@ -15,6 +15,7 @@ from qwen2kit.serve.chat import ChatAnswer
 from qwen2kit.serve.chat_request import ChatRequest
 from qwen2kit.serve.completion_request import CompletionRequest
 from qwen2kit.serve.completions import CompletionAnswer
+from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.errors import ApiError
 from qwen2kit.serve.exchange import EventStream, read, while_connected
 from qwen2kit.serve.middleware import Counted, KeyGuard, error_response
@@ -72,20 +73,25 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/health/ready")
     async def ready() -> Response:
         dispatcher = service.dispatcher
-        if dispatcher.failure is not None:
-            return JSONResponse({"status": "failed"}, 503)
-        if dispatcher.draining:
-            return JSONResponse({"status": "draining"}, 503)
-        return JSONResponse({"status": "ok"})
+        return _health("draining" if dispatcher.draining else _life(dispatcher))
 
     @app.get("/health/live")
     async def live() -> Response:
-        failed = service.dispatcher.failure is not None
-        return JSONResponse({"status": "failed" if failed else "ok"}, 503 if failed else 200)
+        return _health(_life(service.dispatcher))
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=PROMETHEUS)
+
+
+def _life(dispatcher: Dispatcher) -> str:
+    if dispatcher.failure is not None:
+        return "failed"
+    return "stalled" if dispatcher.stalled else "ok"
+
+
+def _health(status: str) -> Response:
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 def _model(service: Service) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from qwen2kit.engine.constraint import ConstraintCompiler
+from qwen2kit.engine.jump_ahead import ForcingConstraint
 from qwen2kit.engine.request import Constraint
 from qwen2kit.errors import Qwen2KitError
 from qwen2kit.serve.chat_request import ChatRequest
@@ -44,6 +45,12 @@ class RequestConstraint:
             except Qwen2KitError as error:
                 self.error = error
         return None
+
+    def forced(self) -> tuple[int, ...]:
+        """See `qwen2kit.engine.jump_ahead.ForcingConstraint`."""
+        if self.error is not None or not isinstance(self._inner, ForcingConstraint):
+            return ()
+        return self._inner.forced()
 
     def accept(self, token: int) -> None:
         if self.error is None:

@@ -15,10 +15,12 @@ from qwen2kit.serve.engine_thread import EngineThread
 from qwen2kit.serve.errors import ApiError, engine_failed, invalid, overloaded, shutting_down
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import EngineState, Metrics
+from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
 from qwen2kit.serve.ticket import Job, Ticket, Work
 
 _LONGEST_WAIT = 60
+_LAST_STEP = 15.0
 _SMOOTHING = 0.1
 
 
@@ -30,7 +32,8 @@ class Dispatcher:
     """Hands work to an engine thread and its events to whoever waits for them.
 
     Args:
-        engine, scorer: given over to the thread.
+        home: the thread in which engine and scorer were made.
+        engine, scorer: given over to it.
         limits: of the server.
         metrics: told what happens.
         on_failure: called when the engine breaks, after everybody who waited was told.
@@ -42,6 +45,7 @@ class Dispatcher:
 
     def __init__(
         self,
+        home: OwnThread,
         engine: TextEngine,
         scorer: PromptScorer,
         limits: Limits,
@@ -57,14 +61,23 @@ class Dispatcher:
         self._by_key: dict[int, Ticket] = {}
         self._scorings: set[Scoring] = set()
         self._mean_seconds = 1.0
-        self._thread = EngineThread(engine, scorer, asyncio.get_running_loop(), self)
-        self._thread.start()
+        self._thread = EngineThread(home, engine, scorer, asyncio.get_running_loop(), self)
 
     async def close(self) -> None:
-        """Tell everybody who still waits, and let the engine go after its current step."""
+        """Tell everybody who still waits, and let the engine go after its current step.
+
+        A step that does not end becomes the `failure`.
+        """
         self.abort(shutting_down())
         self._thread.leave()
-        await asyncio.to_thread(self._thread.join)
+        if not await asyncio.to_thread(self._thread.join, _LAST_STEP):
+            self.failure = self.failure or TimeoutError("a step of the model does not end")
+
+    @property
+    def stalled(self) -> bool:
+        """Whether a step takes longer than any step should."""
+        began = self._thread.step_began
+        return began is not None and perf_counter() - began > self._limits.stall
 
     @property
     def load(self) -> int:

@@ -7,18 +7,20 @@ loop, all events of a step in one.
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from functools import partial
 from queue import SimpleQueue
+from time import perf_counter
 from typing import Any, Protocol
 
 from qwen2kit.engine.text import TextEngine, TextEvent
 from qwen2kit.errors import Qwen2KitError
 from qwen2kit.serve.errors import ApiError, invalid
 from qwen2kit.serve.metrics import EngineState
+from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
 from qwen2kit.serve.ticket import Ticket
 
@@ -51,19 +53,25 @@ class EngineThread:
     """Runs an engine until it is told to leave or the engine breaks, then closes it.
 
     Args:
+        home: the thread in which engine and scorer were made.
         engine: nobody else touches it from now on.
         scorer: likewise.
         loop: where ``listener`` lives.
         listener: told what happens.
+
+    Attributes:
+        step_began: when the step that is being computed began (`perf_counter`); None between steps.
     """
 
     def __init__(
         self,
+        home: OwnThread,
         engine: TextEngine,
         scorer: PromptScorer,
         loop: asyncio.AbstractEventLoop,
         listener: Listener,
     ) -> None:
+        self.step_began: float | None = None
         self._engine = engine
         self._scorer = scorer
         self._loop = loop
@@ -71,11 +79,7 @@ class EngineThread:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._scorings: deque[Scoring] = deque()
         self._leaving = False
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Begin."""
-        self._thread.start()
+        self._ended = home.run(self._run)
 
     def leave(self) -> None:
         """End after the current step."""
@@ -85,9 +89,9 @@ class EngineThread:
 
         self._commands.put(set_leaving)
 
-    def join(self) -> None:
-        """Wait until it has ended."""
-        self._thread.join()
+    def join(self, seconds: float) -> bool:
+        """Wait until it has ended; whether it has."""
+        return not wait([self._ended], seconds).not_done
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a sequence."""
@@ -105,8 +109,10 @@ class EngineThread:
         try:
             while not self._leaving:
                 self._run_commands()
+                self.step_began = perf_counter()
                 events = self._engine.step() if self._engine.busy else []
                 self._advance_scoring()
+                self.step_began = None
                 self._tell(self._listener.stepped, events, self._state())
         except BaseException as error:
             self._tell(self._listener.failed, error)
@@ -158,7 +164,7 @@ class EngineThread:
 
     def _state(self) -> EngineState:
         totals: dict[str, Any] = {
-            name: getattr(self._engine.stats, name, 0) for name in EngineState.TOTALS
+            name: getattr(self._engine.stats, name) for name in EngineState.TOTALS
         }
         return EngineState(self._engine.running, self._engine.waiting, **totals)
 

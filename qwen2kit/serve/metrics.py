@@ -21,7 +21,6 @@ class EngineState:
         "generated_tokens": "Tokens generated.",
         "drafted": "Tokens proposed by the drafter.",
         "accepted": "Proposed tokens that were kept.",
-        "preempted": "Sequences put back into the queue for lack of memory.",
     }
 
     running: int = 0
@@ -31,7 +30,6 @@ class EngineState:
     generated_tokens: int = 0
     drafted: int = 0
     accepted: int = 0
-    preempted: int = 0
 
 
 class Metrics:

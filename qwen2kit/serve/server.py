@@ -20,6 +20,7 @@ from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.errors import shutting_down
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import Metrics
+from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer
 from qwen2kit.serve.service import Service
 
@@ -35,18 +36,18 @@ class Serving:
     """What to serve and how.
 
     Attributes:
+        home: the thread in which model and engine were made.
         loaded: the model.
         name: its id for clients.
         engine: an idle engine over it.
-        capacity: longest sequence in tokens.
         limits: bounds on requests.
         api_key: asked of clients; None asks for nothing.
     """
 
+    home: OwnThread
     loaded: LoadedModel
     name: str
     engine: TextEngine
-    capacity: int
     limits: Limits
     api_key: str | None = None
 
@@ -93,6 +94,7 @@ async def _serve(
     serving: Serving, bound: socket.socket, ready: Callable[[], None]
 ) -> BaseException | None:
     metrics = Metrics()
+    capacity = serving.engine.engine.capacity
     server: _Server | None = None
 
     def leave(error: BaseException) -> None:
@@ -100,8 +102,9 @@ async def _serve(
             server.should_exit = True
 
     dispatcher = Dispatcher(
+        serving.home,
         serving.engine,
-        PromptScorer(serving.loaded.model, serving.capacity),
+        PromptScorer(serving.loaded.model, capacity),
         serving.limits,
         metrics,
         on_failure=leave,
@@ -109,7 +112,7 @@ async def _serve(
     service = Service(
         name=serving.name,
         loaded=serving.loaded,
-        capacity=serving.capacity,
+        capacity=capacity,
         limits=serving.limits,
         metrics=metrics,
         dispatcher=dispatcher,

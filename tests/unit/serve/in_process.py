@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
 
 from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.protocol import TokenEvent
+from qwen2kit.engine.stats import EngineStats
 from qwen2kit.engine.text import TextEngine, TextEvent
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.serve.app import make_app
@@ -22,6 +22,7 @@ from qwen2kit.serve.constraints import Constraints
 from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import Metrics
+from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer
 from qwen2kit.serve.service import Service
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -54,7 +55,7 @@ class ScriptedEngine:
         self.running_keys: dict[int, int] = {}
         self.error: Exception | None = None
         self.closed = False
-        self.stats = SimpleNamespace(generated_tokens=0)
+        self.stats = EngineStats()
         self._text = text
         self._go = go
         self._pause = pause
@@ -113,8 +114,11 @@ async def serving(
     """A service and a client of it, without a socket between them."""
     limits = limits or Limits()
     metrics = Metrics()
+    home = OwnThread("engine")
     dispatcher = Dispatcher(
-        cast(TextEngine, engine) or TextEngine(loaded, slots=limits.slots, capacity=capacity),
+        home,
+        cast(TextEngine, engine)
+        or home.run(lambda: TextEngine(loaded, slots=limits.slots, capacity=capacity)).result(),
         PromptScorer(loaded.model, capacity),
         limits,
         metrics,
