@@ -1,4 +1,5 @@
-"""Runs a function on several gloo processes: forked from a server that has torch loaded once."""
+"""Runs a function on several processes (gloo, or NCCL with a GPU each), forked from a server that
+has torch loaded once."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from typing import Any
 _LOADED = ["torch.distributed.pipelining", "qwen2kit_torch.train.model", "tests.parallel.curves"]
 
 
-def run_on(world: int, function: Callable[..., Any], folder: Path, *arguments: Any) -> list[Any]:
+def run_on(
+    world: int, function: Callable[..., Any], folder: Path, *arguments: Any, gpus: bool = False
+) -> list[Any]:
     """``function(*arguments)`` on ``world`` processes as torchrun would start them.
 
     Returns what each returned, by rank; raises the first failure with its traceback.
@@ -25,7 +28,7 @@ def run_on(world: int, function: Callable[..., Any], folder: Path, *arguments: A
     for rank in range(world):
         receiver, sender = context.Pipe(duplex=False)
         child = context.Process(
-            target=_work, args=(rank, world, str(store), sender, function, arguments)
+            target=_work, args=(rank, world, str(store), sender, gpus, function, arguments)
         )
         child.start()
         sender.close()
@@ -49,6 +52,7 @@ def _work(
     world: int,
     store: str,
     answer: Connection,
+    gpus: bool,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -64,7 +68,14 @@ def _work(
 
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        if gpus:
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus else "gloo",
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world,
+        )
         answer.send((True, function(*arguments)))
         dist.barrier()
     except BaseException:
