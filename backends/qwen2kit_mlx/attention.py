@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2kit.spec.model import ModelSpec
-from qwen2kit_mlx.columns import Place
+from qwen2kit_mlx.columns import Columns, Place
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.rotary import Rotary, Rotation
 from qwen2kit_mlx.slot_store import SlotStore
@@ -65,16 +65,17 @@ class Heads:
         return turned[:, : self.query], turned[:, self.query :], stacked[:, self.query + self.kv :]
 
     def attention(
-        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, seen: View
+        self, q_BHTC: mx.array, columns: Columns, rows: slice, end: int, seen: View
     ) -> mx.array:
-        """``[B * T, H * C]``."""
-        if seen.first:
-            k_BKSC, v_BKSC = k_BKSC[:, :, seen.first :], v_BKSC[:, :, seen.first :]
-        out_BHTC = self.kernels.attention(
-            q_BHTC, k_BKSC, v_BKSC, self.rotary.score_scale, seen.mask
-        )
-        _, heads, _, width = out_BHTC.shape
-        return out_BHTC.transpose(0, 2, 1, 3).reshape(-1, heads * width)
+        """``[B * T, H * C]`` over stored columns up to ``end``."""
+        scale = self.rotary.score_scale
+        return joined(columns.attention(self.kernels, q_BHTC, rows, end, seen, scale))
+
+
+def joined(out_BHTC: mx.array) -> mx.array:
+    """``[B * T, H * C]``."""
+    _, heads, _, width = out_BHTC.shape
+    return out_BHTC.transpose(0, 2, 1, 3).reshape(-1, heads * width)
 
 
 class Fresh:
@@ -89,7 +90,8 @@ class Fresh:
         """See `Attend`."""
         heads = self._heads
         q, k, v = heads.rotated(stacked_BTGC, self._rotation)
-        return heads.attention(q, k, v, self._views[heads.windows[layer]])
+        mask, scale = self._views[heads.windows[layer]].mask, heads.rotary.score_scale
+        return joined(heads.kernels.attention(q, k, v, scale, mask))
 
 
 class Prompt:
@@ -115,8 +117,8 @@ class Prompt:
         heads, columns = self._heads, self._store.layers[layer]
         q, k, v = heads.rotated(stacked_BTGC, self._rotation)
         columns.write_row(self._row, self._start, k[0], v[0])
-        k, v = columns.read(slice(self._row, self._row + 1), self._end)
-        return heads.attention(q, k, v, self._views[heads.windows[layer]])
+        rows = slice(self._row, self._row + 1)
+        return heads.attention(q, columns, rows, self._end, self._views[heads.windows[layer]])
 
 
 class Block:
@@ -146,9 +148,9 @@ class Block:
         rows, count, _, width = rotated_BTGC.shape
         new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
         columns.write(place, new)
-        keys, values = columns.read(place.rows, self._end)
         q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
-        return heads.attention(q_BHTC, keys, values, self._views[heads.windows[layer]])
+        seen = self._views[heads.windows[layer]]
+        return heads.attention(q_BHTC, columns, place.rows, self._end, seen)
 
     def _view(self, window: int | None) -> View:
         place = self._place

@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from qwen2kit.backend.limits import context_limit
+from qwen2kit.backend.limits import check_cache_bits, context_limit
 from qwen2kit.backend.meter import DeviceMeter
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
@@ -17,6 +17,7 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit_mlx.compiled import MLXModel
 from qwen2kit_mlx.host_kernels import HostKernels
 from qwen2kit_mlx.kernels import CUDAKernels, Kernels, NativeKernels
+from qwen2kit_mlx.packed_columns import CACHE_BITS, GROUP_SIZES, group_size
 from qwen2kit_mlx.weights import BITS, DTYPES
 
 
@@ -28,7 +29,9 @@ class MLXBackend:
 
     def capabilities(self) -> Capabilities:
         """See `Backend.capabilities`."""
-        return Capabilities(dtypes=tuple(DTYPES), quantized_bits=BITS, sliding_window=True)
+        return Capabilities(
+            dtypes=tuple(DTYPES), quantized_bits=BITS, cache_bits=CACHE_BITS, sliding_window=True
+        )
 
     def devices(self) -> tuple[Device, ...]:
         """Usable devices, MLX's default first."""
@@ -48,7 +51,8 @@ class MLXBackend:
 
         Raises:
             BackendError: the plan trains, the device does not exist, the spec is a mixture of
-                experts, or ``max_seq_len`` is more than the model can take here.
+                experts, ``max_seq_len`` is more than the model can take here, or its heads are too
+                narrow for ``cache_bits``.
         """
         if plan.train is not None:
             raise BackendError(
@@ -57,6 +61,12 @@ class MLXBackend:
         if spec.moe is not None:
             raise BackendError(
                 f"the mlx backend does not run mixture-of-experts models ({spec.model_type})"
+            )
+        check_cache_bits(plan, CACHE_BITS)
+        if plan.cache_bits is not None and group_size(spec.head_dim) is None:
+            raise BackendError(
+                f"cache_bits needs heads whose size is a multiple of {GROUP_SIZES[-1]}; this "
+                f"model's is {spec.head_dim}"
             )
         # MLX's CUDA build rounds float32 products to TF32 unless told otherwise; float32 here means
         # float32, or no comparison between backends would.

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
+
+from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.visibility import View
 
 BLOCK = 256  # columns by which the arrays grow
 
@@ -68,54 +72,133 @@ class Place:
         return mx.arange(self.start, self.end, dtype=mx.int32)[None]
 
 
+class Columns(Protocol):
+    """Keys and values of one layer; the arrays begin with ``[2, R, K, S]``."""
+
+    def reserve(self, end: int) -> None:
+        """Make room for columns below ``end`` in every row; more than there is."""
+        ...
+
+    def write(self, place: Place, stacked_BT2KC: mx.array) -> None:
+        """Store new entries; room has been reserved."""
+        ...
+
+    def write_row(self, row: int, start: int, keys_KTC: mx.array, values_KTC: mx.array) -> None:
+        """Store T columns of one row from ``start`` on; room has been reserved."""
+        ...
+
+    def read(self, rows: slice, first: int, end: int) -> tuple[mx.array, mx.array]:
+        """Keys and values ``[B, K, end - first, C]`` in the compute dtype."""
+        ...
+
+    def attention(
+        self, kernels: Kernels, q_BHTC: mx.array, rows: slice, end: int, seen: View, scale: float
+    ) -> mx.array:
+        """``[B, H, T, C]`` over columns ``seen.first`` to ``end``."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Make the first ``length`` columns of row ``target`` those of row ``source``."""
+        ...
+
+    def permute(self, order: mx.array) -> None:
+        """Let row ``i`` be what row ``order[i]`` was."""
+        ...
+
+    def keep(self, columns: mx.array) -> None:
+        """Let column ``i`` be what column ``columns[i]`` was."""
+        ...
+
+    def export(self, row: int, length: int) -> dict[str, mx.array]:
+        """The first columns of a row, ``[K, length, *]`` each, to the bit."""
+        ...
+
+    def restore(self, row: int, parts: dict[str, mx.array]) -> None:
+        """Put back what `export` gave; room has been reserved."""
+        ...
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        """Everything stored."""
+        ...
+
+
 class DenseColumns:
-    """Stored as computed; memory is taken as rows get longer."""
+    """`Columns` stored as computed."""
 
     def __init__(self, rows: int, heads: int, width: int, dtype: mx.Dtype) -> None:
         self._shape, self._dtype = (rows, heads, width), dtype
         self._stored = mx.zeros((2, rows, heads, 0, width), dtype=dtype)
 
     def reserve(self, end: int) -> None:
-        """Make room for columns below ``end`` in every row."""
-        rows, heads, width = self._shape
-        missing = end - self._stored.shape[3]
-        more = mx.zeros((2, rows, heads, missing, width), dtype=self._dtype)
-        self._stored = mx.concatenate([self._stored, more], axis=3)
+        """See `Columns.reserve`."""
+        self._stored = grown(self._stored, end)
 
     def write(self, place: Place, stacked_BT2KC: mx.array) -> None:
-        """Store new entries; room has been reserved."""
-        if place.index is None:
-            new_2BKTC = stacked_BT2KC.transpose(2, 0, 3, 1, 4)
-            self._stored[:, place.rows, :, place.start : place.end] = new_2BKTC
-        else:
-            rows, columns = place.index
-            self._stored[:, rows, :, columns] = stacked_BT2KC
+        """See `Columns.write`."""
+        update(self._stored, place, stacked_BT2KC)
 
     def write_row(self, row: int, start: int, keys_KTC: mx.array, values_KTC: mx.array) -> None:
-        """Store T columns of one row from ``start`` on; room has been reserved."""
+        """See `Columns.write_row`."""
         end = start + keys_KTC.shape[1]
         self._stored[0, row, :, start:end] = keys_KTC
         self._stored[1, row, :, start:end] = values_KTC
 
-    def read(self, rows: slice, end: int) -> tuple[mx.array, mx.array]:
-        """Keys and values ``[B, K, end, C]``."""
-        return self._stored[0, rows, :, :end], self._stored[1, rows, :, :end]
+    def read(self, rows: slice, first: int, end: int) -> tuple[mx.array, mx.array]:
+        """See `Columns.read`."""
+        return self._stored[0, rows, :, first:end], self._stored[1, rows, :, first:end]
+
+    def attention(
+        self, kernels: Kernels, q_BHTC: mx.array, rows: slice, end: int, seen: View, scale: float
+    ) -> mx.array:
+        """See `Columns.attention`."""
+        keys, values = self.read(rows, seen.first, end)
+        return kernels.attention(q_BHTC, keys, values, scale, seen.mask)
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Make the first ``length`` columns of row ``target`` those of row ``source``."""
-        piece = mx.contiguous(self._stored[:, source, :, :length])
-        mx.eval(piece)  # with a read of the source pending, the update would copy everything
-        self._stored[:, target, :, :length] = piece
+        """See `Columns.copy`."""
+        duplicate(self._stored, source, target, length)
 
     def permute(self, order: mx.array) -> None:
-        """Let row ``i`` be what row ``order[i]`` was."""
+        """See `Columns.permute`."""
         self._stored = self._stored[:, order]
         mx.eval(self._stored)
 
     def keep(self, columns: mx.array) -> None:
-        """Let column ``i`` be what column ``columns[i]`` was."""
+        """See `Columns.keep`."""
         self._stored = self._stored[:, :, :, columns]
 
+    def export(self, row: int, length: int) -> dict[str, mx.array]:
+        """See `Columns.export`."""
+        keys, values = self._stored[:, row, :, :length]
+        return {"keys": keys, "values": values}
+
+    def restore(self, row: int, parts: dict[str, mx.array]) -> None:
+        """See `Columns.restore`."""
+        self.write_row(row, 0, parts["keys"], parts["values"])
+
     def arrays(self) -> tuple[mx.array, ...]:
-        """Everything stored."""
+        """See `Columns.arrays`."""
         return (self._stored,)
+
+
+def grown(stored: mx.array, end: int) -> mx.array:
+    """``stored`` ``[2, R, K, S, *]`` with ``end`` columns."""
+    both, rows, heads, have, width = stored.shape
+    more = mx.zeros((both, rows, heads, end - have, width), dtype=stored.dtype)
+    return mx.concatenate([stored, more], axis=3)
+
+
+def update(stored: mx.array, place: Place, new_BT2KC: mx.array) -> None:
+    """Write into ``stored`` ``[2, R, K, S, *]`` in place."""
+    if place.index is None:
+        stored[:, place.rows, :, place.start : place.end] = new_BT2KC.transpose(2, 0, 3, 1, 4)
+    else:
+        rows, columns = place.index
+        stored[:, rows, :, columns] = new_BT2KC
+
+
+def duplicate(stored: mx.array, source: int, target: int, length: int) -> None:
+    """Copy the first columns of a row of ``stored`` ``[2, R, K, S, *]`` in place."""
+    piece = mx.contiguous(stored[:, source, :, :length])
+    mx.eval(piece)  # with a read of the source pending, the update would copy everything
+    stored[:, target, :, :length] = piece

@@ -33,16 +33,24 @@ class MLXModel:
         dtype: compute dtype.
         kernels: who computes products and attention.
         limit: positions a sequence may fill.
+        cache_bits: how many slots keep keys and values in; None keeps them as computed.
 
     Attributes:
         spec, limit: as given.
     """
 
     def __init__(
-        self, spec: ModelSpec, device: mx.Device, dtype: mx.Dtype, kernels: Kernels, limit: int
+        self,
+        spec: ModelSpec,
+        device: mx.Device,
+        dtype: mx.Dtype,
+        kernels: Kernels,
+        limit: int,
+        cache_bits: int | None = None,
     ) -> None:
         self.spec = spec
         self._device, self._dtype, self._kernels, self.limit = device, dtype, kernels, limit
+        self._cache_bits = cache_bits
         self._loader: WeightLoader | None = None
         self._decoder: Decoder | None = None
 
@@ -101,7 +109,7 @@ class MLXModel:
                 f"{count} slots of {capacity} tokens are impossible; a slot of this model holds "
                 f"1 to {self.limit} tokens"
             )
-        return MLXSlots(decoder, count, capacity, self._device)
+        return MLXSlots(decoder, count, capacity, self._device, self._cache_bits)
 
     def _ready(self) -> Decoder:
         if self._decoder is None:

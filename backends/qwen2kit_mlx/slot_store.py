@@ -7,28 +7,29 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from qwen2kit.spec.model import ModelSpec
-from qwen2kit_mlx.columns import BLOCK, DenseColumns
+from qwen2kit_mlx.columns import BLOCK, Columns, DenseColumns
+from qwen2kit_mlx.packed_columns import PackedColumns, group_size
 
 
 class SlotStore:
-    """One `DenseColumns` per layer.
+    """One `Columns` per layer.
 
     Args:
         spec: the model.
         rows: sequences.
         dtype: compute dtype.
+        bits: how many to keep keys and values in; None keeps them as computed.
 
     Attributes:
         layers: keys and values by layer.
         room: columns there is room for.
     """
 
-    def __init__(self, spec: ModelSpec, rows: int, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, rows: int, dtype: mx.Dtype, bits: int | None = None
+    ) -> None:
         self.room = 0
-        self.layers = [
-            DenseColumns(rows, spec.num_key_value_heads, spec.head_dim, dtype)
-            for _ in range(spec.num_hidden_layers)
-        ]
+        self.layers = [_columns(spec, rows, dtype, bits) for _ in range(spec.num_hidden_layers)]
 
     def reserve(self, end: int) -> None:
         """Make room for positions below ``end`` in every row."""
@@ -61,3 +62,11 @@ class SlotStore:
     def arrays(self) -> list[mx.array]:
         """Everything stored."""
         return [array for layer in self.layers for array in layer.arrays()]
+
+
+def _columns(spec: ModelSpec, rows: int, dtype: mx.Dtype, bits: int | None) -> Columns:
+    shape = rows, spec.num_key_value_heads, spec.head_dim
+    group = group_size(spec.head_dim)
+    if bits is None or group is None:
+        return DenseColumns(*shape, dtype)
+    return PackedColumns(*shape, dtype, bits, group)

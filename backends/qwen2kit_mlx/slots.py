@@ -11,14 +11,14 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2kit.backend.slots import Feed
-from qwen2kit.errors import WeightError
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
 from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
-from qwen2kit_mlx.host_tensor import to_device, to_host
+from qwen2kit_mlx.host_tensor import to_host
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import Piece, passes
+from qwen2kit_mlx.saved_slots import fitting
 from qwen2kit_mlx.slot_store import SlotStore
 
 CLEAR_EVERY = 256  # greedy steps between returns of unused device buffers
@@ -31,11 +31,18 @@ class MLXSlots:
     made neighbours, so that a pass reads them in place.
     """
 
-    def __init__(self, decoder: Decoder, count: int, capacity: int, device: mx.Device) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        count: int,
+        capacity: int,
+        device: mx.Device,
+        bits: int | None = None,
+    ) -> None:
         self.count, self.capacity = count, capacity
         self._decoder, self._device = decoder, device
         with mx.stream(device):
-            self._store = SlotStore(decoder.spec, count, decoder.dtype)
+            self._store = SlotStore(decoder.spec, count, decoder.dtype, bits)
         self._row = list(range(count))
 
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
@@ -89,34 +96,21 @@ class MLXSlots:
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
         """See `PersistentSlots.export`."""
-        for layer in range(self._decoder.spec.num_hidden_layers):
+        for index, layer in enumerate(self._store.layers):
             with mx.stream(self._device):
-                row = self._row[slot]
-                pair = self._store.layers[layer].read(slice(row, row + 1), length)
-                keys, values = (to_host(mx.contiguous(array[0])) for array in pair)
-            yield f"layers.{layer}.keys", keys
-            yield f"layers.{layer}.values", values
+                parts = layer.export(self._row[slot], length)
+                tensors = {name: to_host(mx.contiguous(part)) for name, part in parts.items()}
+            for name, tensor in tensors.items():
+                yield f"layers.{index}.{name}", tensor
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
         """See `PersistentSlots.restore`."""
         given = dict(tensors)
-        spec = self._decoder.spec
-        names = [(f"layers.{i}.keys", f"layers.{i}.values") for i in range(spec.num_hidden_layers)]
-        if set(given) != {name for pair in names for name in pair}:
-            raise WeightError(f"the stored cache is not one of {len(names)} layers")
-        length = given[names[0][0]].shape[1]
-        expected = (spec.num_key_value_heads, length, spec.head_dim)
-        for name, tensor in given.items():
-            if tensor.shape != expected or not 1 <= length <= self.capacity:
-                raise WeightError(
-                    f"{name} of the stored cache is {list(tensor.shape)}; slots here hold "
-                    f"{expected[0]} heads of {self.capacity} tokens of width {expected[2]}"
-                )
         with mx.stream(self._device):
-            self._store.reserve(length)
-            for layer, (keys, values) in enumerate(names):
-                pair = to_device(given[keys]), to_device(given[values])
-                self._store.layers[layer].write_row(self._row[slot], 0, *pair)
+            parts = fitting(self._store, given, self.capacity)
+            self._store.reserve(parts[0]["keys"].shape[1])
+            for layer, part in zip(self._store.layers, parts, strict=True):
+                layer.restore(self._row[slot], part)
             mx.eval(self._store.arrays())
 
     def close(self) -> None:

@@ -44,8 +44,8 @@ class Tree:
         heads, columns = self._heads, self._store.layers[layer]
         q, k, v = heads.rotated(stacked_BTGC, self._rotation)
         columns.write_row(0, self._start, k[0], v[0])
-        k, v = columns.read(slice(0, 1), self._end)
-        return heads.attention(q, k, v, self._views[heads.windows[layer]])
+        seen = self._views[heads.windows[layer]]
+        return heads.attention(q, columns, slice(0, 1), self._end, seen)
 
     def _view(self, window: int | None) -> View:
         visible_TS = np.zeros((self.count, self._end), dtype=np.bool_)

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from qwen2kit.backend.limits import check_scores, check_tokens, context_limit
+from qwen2kit.backend.limits import (
+    check_cache_bits,
+    check_scores,
+    check_tokens,
+    context_limit,
+)
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport, Score, ScoreRequest, TokenIds
 from qwen2kit.backend.slots import PersistentSlots
@@ -53,6 +58,7 @@ class TorchModel:
         self.plan = plan
         self.device = resolve_device(plan)
         self.dtype = resolve_dtype(plan, self.device)
+        check_cache_bits(plan, ())
         self.limit = context_limit(spec, plan)
         if plan.cpu_threads is not None:
             torch.set_num_threads(plan.cpu_threads)

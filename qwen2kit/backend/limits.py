@@ -33,6 +33,23 @@ def context_limit(spec: ModelSpec, plan: ExecutionPlan, *, dual_chunk: bool = Fa
     return plan.max_seq_len
 
 
+def check_cache_bits(plan: ExecutionPlan, supported: tuple[int, ...]) -> None:
+    """Refuse a ``plan.cache_bits`` that is not one of `Capabilities.cache_bits`.
+
+    Raises:
+        BackendError: saying what there is.
+    """
+    if plan.cache_bits is None or plan.cache_bits in supported:
+        return
+    raise BackendError(
+        f"this backend keeps keys and values in {' or '.join(map(str, supported))} bits or in the "
+        f"compute dtype, not in {plan.cache_bits} bits"
+        if supported
+        else "this backend keeps keys and values in the compute dtype; leave out cache_bits, or "
+        "use --backend mlx"
+    )
+
+
 def check_tokens(tokens: Sequence[int], spec: ModelSpec, limit: int, what: str) -> None:
     """Refuse empty, too long or out-of-vocabulary input.
 

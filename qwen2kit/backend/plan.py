@@ -97,6 +97,8 @@ class ExecutionPlan:
         cpu_threads: threads of one operation on a CPU, or None for the framework's default. Very
             small models are as fast on one, and far faster where other programs run. Results
             are bit-identical only for equal numbers.
+        cache_bits: keep keys and values of generated text in so many bits instead of the compute
+            dtype (see `Capabilities.cache_bits`); None keeps them as they are.
     """
 
     device: str = "auto"
@@ -104,6 +106,7 @@ class ExecutionPlan:
     train: TrainPlan | None = None
     max_seq_len: int | None = None
     cpu_threads: int | None = None
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.cpu_threads is not None and self.cpu_threads < 1:

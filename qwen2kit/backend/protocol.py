@@ -48,10 +48,14 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
-    """What a backend can do; everything else is refused with a message before work starts."""
+    """What a backend can do; everything else is refused with a message before work starts.
+
+    ``quantized_bits`` are those of weights, ``cache_bits`` those of cached keys and values.
+    """
 
     dtypes: tuple[str, ...]
     quantized_bits: tuple[int, ...] = ()
+    cache_bits: tuple[int, ...] = ()
     trains: bool = False
     distributed: bool = False
     moe: bool = False

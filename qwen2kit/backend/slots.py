@@ -138,7 +138,8 @@ class PersistentSlots(Slots, Protocol):
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
         """Keys and values of the first ``length`` positions: ``layers.{i}.keys`` and
-        ``layers.{i}.values``, each ``[kv_heads, length, head_dim]`` in the cache's dtype."""
+        ``layers.{i}.values``, each ``[kv_heads, length, head_dim]`` in the cache's dtype; a
+        quantised cache has packed integers there, and parts like ``layers.{i}.keys.scales``."""
         ...
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:

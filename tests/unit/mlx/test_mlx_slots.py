@@ -10,6 +10,7 @@ mx = pytest.importorskip("mlx.core")
 from qwen2kit.backend.slots import Feed, PersistentSlots  # noqa: E402
 from qwen2kit.engine.recompute import RecomputingSlots  # noqa: E402
 from qwen2kit.errors import BackendError, WeightError  # noqa: E402
+from qwen2kit.weights.tensor import from_numpy  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
 from tests.unit.mlx.setup_mlx import KERNELS, SPECS, model  # noqa: E402
 
@@ -105,7 +106,11 @@ def test_slots_leave_the_device_and_come_back(dtype: str) -> None:
     assert np.array_equal(other.feed([Feed(0, 33, (8,))]).rows([0]), expected)
     with pytest.raises(WeightError, match="layers"):
         other.restore(0, iter(saved[:-1]))
-    with pytest.raises(WeightError, match="hold 2 heads of 20 tokens"):
+    half = from_numpy(np.zeros(saved[0][1].shape, dtype=np.float16))
+    odd = [(name, half if name == "layers.1.keys" else tensor) for name, tensor in saved]
+    with pytest.raises(WeightError, match=r"layers\.1\.keys .* float16"):
+        other.restore(0, iter(odd))
+    with pytest.raises(WeightError, match="33 tokens, a slot here holds 20"):
         ours.slots(1, 20).restore(0, iter(saved))
 
 
