@@ -25,12 +25,16 @@ def announce(result: dict[str, Any]) -> None:
 
 
 def run_alone(arguments: list[str], limit: float) -> dict[str, Any]:
-    """Run this script again with ``arguments``; what it announced, or ``{"error": one line}``.
+    """Run this script again with ``arguments``; what it announced last, or an ``error``."""
+    return run([sys.executable, sys.argv[0], *arguments], limit)[-1]
+
+
+def run(command: list[str], limit: float) -> list[dict[str, Any]]:
+    """Everything that ``command`` announced, or one ``{"error": line}``.
 
     Args:
         limit: seconds after which it and everything it has started is killed.
     """
-    command = [sys.executable, sys.argv[0], *arguments]
     child = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -44,17 +48,18 @@ def run_alone(arguments: list[str], limit: float) -> dict[str, Any]:
         os.killpg(child.pid, signal.SIGKILL)
         said, errors = child.communicate()
         errors = f"stopped after {limit:g} s"
-    found = [line for line in said.splitlines() if line.startswith(_MARK)]
-    if found:
-        result: dict[str, Any] = json.loads(found[-1][len(_MARK) :])
-        return result
+    lines = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
+    if lines:
+        return [json.loads(line) for line in lines]
     lines = [line for line in errors.splitlines() if line.strip()]
     named = [line for line in lines if "Error" in line]
-    return {"error": (named or lines or [f"ended with {child.returncode}"])[-1][:300]}
+    return [{"error": (named or lines or [f"ended with {child.returncode}"])[-1][:300]}]
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add ``row`` to the JSON list in ``path``."""
+def append(path: Path | None, row: dict[str, Any]) -> None:
+    """Add ``row`` to the JSON list in ``path``, if there is one."""
+    if path is None:
+        return
     rows = json.loads(path.read_text()) if path.exists() else []
     path.write_text(json.dumps([*rows, row], indent=2) + "\n")
 

@@ -10,15 +10,15 @@ contestant runs in a process of its own; every step is one optimizer step on ``-
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from contest import announce, append, environment, run_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
@@ -55,8 +55,10 @@ def ours(arguments: argparse.Namespace, *, quantize: str) -> dict[str, Any]:
     return measure(lambda: model.train_step(batch, 1e-4), arguments)
 
 
-def theirs(arguments: argparse.Namespace, *, quantize: str) -> dict[str, Any]:
-    """PEFT around transformers with SDPA; compiled on request (which takes minutes)."""
+def theirs(
+    arguments: argparse.Namespace, *, quantize: str, compiled: bool = False
+) -> dict[str, Any]:
+    """PEFT around transformers with SDPA; ``compiled`` layer by layer."""
     import peft
     import torch
     from transformers import BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
@@ -85,8 +87,9 @@ def theirs(arguments: argparse.Namespace, *, quantize: str) -> dict[str, Any]:
     model = peft.get_peft_model(model, lora)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    if arguments.compile_peft:
-        model = torch.compile(model)
+    if compiled:
+        for layer in model.get_base_model().model.layers:
+            layer.compile()
     tokens = torch.randint(0, spec.vocab_size, (arguments.rows, arguments.seq_len), device="cuda")
 
     def step() -> None:
@@ -104,6 +107,7 @@ def theirs(arguments: argparse.Namespace, *, quantize: str) -> dict[str, Any]:
 CONTESTANTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "ours-lora": lambda arguments: ours(arguments, quantize="none"),
     "peft-lora": lambda arguments: theirs(arguments, quantize="none"),
+    "peft-lora-compiled": lambda arguments: theirs(arguments, quantize="none", compiled=True),
     "ours-qlora": lambda arguments: ours(arguments, quantize="nf4"),
     "peft-qlora": lambda arguments: theirs(arguments, quantize="nf4"),
 }
@@ -131,8 +135,7 @@ def measure(step: Callable[[], object], arguments: argparse.Namespace) -> dict[s
         "step_seconds": round(median, 4),
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
         "held_gb": round(held / 1e9, 2),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
+        "environment": environment(),
     }
 
 
@@ -146,24 +149,18 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS))
-    parser.add_argument("--compile-peft", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--limit", type=float, default=180, help="seconds for a contestant")
+    parser.add_argument("--json", type=Path, help="results are appended to it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print("RESULT " + json.dumps(CONTESTANTS[arguments.one](arguments)))
+        announce(CONTESTANTS[arguments.one](arguments))
         return
-    found: dict[str, Any] = {}
+    settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "one")}
     for name in arguments.contestants.split(","):
-        command = [sys.executable, __file__, "--one", name, *sys.argv[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        found[name] = json.loads(lines[0][7:]) if lines else {"failed": done.stderr[-400:]}
-        print(name, found[name], flush=True)
-    if arguments.json:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("json", "one")}
-        document = {"settings": settings, "results": found}
-        arguments.json.write_text(json.dumps(document, indent=2) + "\n")
+        found = run_alone([*sys.argv[1:], "--one", name], arguments.limit)
+        print(name, found, flush=True)
+        append(arguments.json, {"contestant": name, "settings": settings, **found})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -22,6 +21,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import contest
 
 from qwen2kit.backend.plan import ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.config.tree import AdapterConfig
@@ -36,6 +37,7 @@ from qwen2kit.spec.presets import preset
 GIB = 2**30
 STEPS = 2
 TIMED_STEPS = 5
+LIMIT = 180.0  # seconds for one configuration
 SPARE = 1.15  # predictions are what is being tested
 
 
@@ -241,14 +243,8 @@ def measure(case: Case, launcher: list[str], timing: bool) -> list[dict[str, Any
     """Results of every process of one run, or its last line of error."""
     worker = [__file__, "--worker", json.dumps(asdict(case))]
     command = [*launcher, *worker, *(["--timing"] if timing else [])]
-    environment = {**os.environ, "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    found = [
-        json.loads(line.removeprefix("RESULT "))
-        for line in done.stdout.splitlines()
-        if line.startswith("RESULT ")
-    ]
-    return found or [{"error": (done.stderr.strip().splitlines() or ["no output"])[-1]}]
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    return contest.run(command, LIMIT)
 
 
 def run(cases: tuple[Case, ...], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -269,6 +265,7 @@ def run(cases: tuple[Case, ...], arguments: argparse.Namespace) -> list[dict[str
     budget = Budget(total - GIB)
     alone = several or arguments.timing
     results: list[dict[str, Any]] = [{} for _ in cases]
+    writing = threading.Lock()
 
     def one(index: int) -> None:
         predicted = prediction(cases[index], gpu, arguments.processes)
@@ -285,7 +282,9 @@ def run(cases: tuple[Case, ...], arguments: argparse.Namespace) -> list[dict[str
             "predicted": predicted,
             "measured": ranks,
         }
-        print(line(results[index]), file=sys.stderr, flush=True)
+        with writing:
+            print(line(results[index]), file=sys.stderr, flush=True)
+            contest.append(arguments.output, results[index])
 
     threads = [threading.Thread(target=one, args=(index,)) for index in range(len(cases))]
     for thread in threads:
@@ -337,7 +336,7 @@ def predictions(cases: tuple[Case, ...], gpu: str, per_node: int) -> Iterator[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="results are appended to it")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--timing", action="store_true")
     parser.add_argument("--list", action="store_true")
@@ -346,7 +345,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.worker:
         case = Case(**json.loads(arguments.worker))
-        print("RESULT " + json.dumps(train(case, arguments.timing)), flush=True)
+        contest.announce(train(case, arguments.timing))
         return
     chosen = SINGLE if arguments.processes == 1 else layouts(arguments.processes)
     cases = tuple(case for case in chosen if arguments.only in case.name)
@@ -357,8 +356,6 @@ def main() -> None:
     results = run(cases, arguments)
     show(results)
     print(f"{time.perf_counter() - started:.0f} s")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

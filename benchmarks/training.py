@@ -253,8 +253,7 @@ def main() -> None:
             row = {"command": " ".join(sys.argv), "preset": name, "contestant": peer}
             row |= run_until_it_fits(arguments, name, peer)
             show(row)
-            if arguments.json:
-                append(Path(arguments.json), row)
+            append(arguments.json, row)
 
 
 def run_until_it_fits(arguments: argparse.Namespace, name: str, peer: str) -> dict[str, Any]:
@@ -322,7 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--limits", default="", help="others, e.g. transformers-whole=400")
     parser.add_argument("--breakdown", action="store_true", help="milliseconds by kernel")
     parser.add_argument("--profile", default="", help="folder for a trace of one step of ours")
-    parser.add_argument("--json", default="", help="results are appended to it")
+    parser.add_argument("--json", type=Path, help="results are appended to it")
     parser.add_argument("--only", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
