@@ -16,6 +16,7 @@ from qwen2kit.serve.errors import ApiError, invalid
 from qwen2kit.serve.fields import refusal
 
 _BODY_SECONDS: Final = 30.0
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -121,4 +122,4 @@ async def _encoded(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[st
 
 def compact(document: dict[str, Any]) -> str:
     """JSON in one line."""
-    return json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(document)

@@ -95,15 +95,35 @@ class Job:
         self._events.put_nowait(error)
 
     async def events(self) -> AsyncIterator[tuple[int, TextEvent]]:
-        """Index and event, until every sequence has its finish reason.
+        """Index and event, until every sequence has its finish reason. What has piled up of one
+        sequence comes as one event, so that a reader who is late catches up.
 
         Raises:
             ApiError: it ends otherwise.
         """
         unfinished = len(self.tickets)
         while unfinished:
-            item = await self._events.get()
+            for index, event in self._piled_up(await self._events.get()).items():
+                yield index, event
+                unfinished -= event.finish_reason is not None
+
+    def _piled_up(self, item: tuple[int, TextEvent] | ApiError) -> dict[int, TextEvent]:
+        """``item`` and all that waits behind it, by index."""
+        found: dict[int, TextEvent] = {}
+        while True:
             if isinstance(item, ApiError):
                 raise item
-            yield item
-            unfinished -= item[1].finish_reason is not None
+            index, event = item
+            found[index] = _joined(found[index], event) if index in found else event
+            if self._events.empty():
+                return found
+            item = self._events.get_nowait()
+
+
+def _joined(first: TextEvent, second: TextEvent) -> TextEvent:
+    return TextEvent(
+        first.key,
+        first.text + second.text,
+        first.tokens + second.tokens,
+        second.finish_reason,
+    )

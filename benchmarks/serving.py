@@ -1,0 +1,272 @@
+"""Load test of ``qwen2kit serve``: many streaming clients for minutes, errors, latency, memory.
+
+    python benchmarks/serving.py MODEL [--clients 200] [--seconds 120] [--output FILE.json]
+                                 [--plot FILE.png] [-- OPTIONS OF SERVE]
+
+Starts a server with room for all clients in its queue. Every client asks, reads the whole stream,
+and asks again with another prompt; a third of the prompts begin alike, as system prompts do. After
+the last answer the server gets SIGTERM and has to exit with 0.
+
+On a GPU, with the 0.5B:
+
+    python benchmarks/serving.py Qwen/Qwen2-0.5B-Instruct --words 200 --new 64,256 \\
+        --output benchmarks/results/serving-0.5b-h100.json -- --slots 128 --dtype bfloat16
+
+Latencies are taken by the clients, which share one process (and here also the processor) with
+nobody but each other: time to the first token, between tokens, and of the whole request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "two", "what", "is", "answer", "of", "why"]
+PERCENTILES = (50, 90, 95, 99)
+WARM_SHARE = 0.25
+"""Of the run, after which memory should not grow any more."""
+
+
+@dataclass
+class Results:
+    """What the clients saw; times in seconds."""
+
+    first: list[float] = field(default_factory=list)
+    between: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    tokens: int = 0
+    prompt_tokens: int = 0
+    errors: list[str] = field(default_factory=list)
+
+
+class Server:
+    """The server process, its address and its memory over time."""
+
+    def __init__(self, model: str, clients: int, options: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qwen2kit", "serve", model, "--port", "0", "--name", "model",
+             "--queue", str(clients), *options],
+            stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+        self.log: list[str] = []
+        self.memory: list[tuple[float, float]] = []
+        self._ready = threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
+        self._ready.wait()
+        found = re.search(r"http://([^:/]+):(\d+)/v1", "".join(self.log))
+        if found is None:
+            sys.exit("".join(self.log))
+        self.host, self.port = found[1], int(found[2])
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log.append(line)
+            if "chat page" in line:
+                self._ready.set()
+        self._ready.set()
+
+    async def watch_memory(self) -> None:
+        """Resident megabytes, once a second."""
+        start = time.perf_counter()
+        while True:
+            command = ["ps", "-o", "rss=", "-p", str(self.process.pid)]
+            process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+            out = (await process.communicate())[0]
+            if out.strip():
+                self.memory.append((time.perf_counter() - start, int(out) / 1024))
+            await asyncio.sleep(1)
+
+
+async def client(
+    server: Server, number: int, end: float, words: int, new: tuple[int, int], results: Results
+) -> None:
+    """Ask until the time is over."""
+    chance = random.Random(number)
+    while time.perf_counter() < end:
+        text = " ".join(chance.choices(WORDS, k=chance.randint(1, words)))
+        if number % 3 == 0:
+            text = " ".join(WORDS * 2) + " " + text
+        body = {
+            "model": "model", "prompt": text, "max_tokens": chance.randint(*new), "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": 1.0,
+            "seed": chance.randrange(1 << 30),
+        }  # fmt: skip
+        try:
+            await _ask(server, body, results)
+        except (OSError, ValueError, EOFError, KeyError, TimeoutError) as error:
+            results.errors.append(f"{type(error).__name__}: {error}")
+
+
+async def _ask(server: Server, body: dict[str, Any], results: Results) -> None:
+    data = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
+    start = last = time.perf_counter()
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    try:
+        writer.write(head.encode() + data)
+        status = (await reader.readline()).decode().split(" ", 1)[1].strip()
+        if not status.startswith("200"):
+            raise ValueError(status)
+        done, usage, first = False, None, True
+        while line := await reader.readline():
+            if not line.startswith(b"data: "):
+                continue
+            now = time.perf_counter()
+            if line.startswith(b"data: [DONE]"):
+                done = True
+                break
+            document = json.loads(line[6:])
+            if "error" in document:
+                raise ValueError(document["error"]["message"])
+            usage = document.get("usage") or usage
+            if document["choices"]:
+                (results.first if first else results.between).append(now - last)
+                first, last = False, now
+        if not done or usage is None:
+            raise EOFError("the stream ended early")
+        results.whole.append(time.perf_counter() - start)
+        results.tokens += usage["completion_tokens"]
+        results.prompt_tokens += usage["prompt_tokens"]
+    finally:
+        writer.close()
+
+
+async def run(server: Server, options: argparse.Namespace) -> tuple[Results, float]:
+    """All clients together; results and seconds until the last answer."""
+    results = Results()
+    memory = asyncio.create_task(server.watch_memory())
+    start = time.perf_counter()
+    new = tuple(int(part) for part in options.new.split(","))
+    await asyncio.gather(
+        *(
+            client(server, number, start + options.seconds, options.words, new, results)
+            for number in range(options.clients)
+        )
+    )
+    seconds = time.perf_counter() - start
+    memory.cancel()
+    return results, seconds
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Mean, percentiles and maximum in milliseconds."""
+    import numpy as np
+
+    if not values:
+        return {}
+    array = np.array(values) * 1000
+    found = {f"p{p}": float(np.percentile(array, p)) for p in PERCENTILES}
+    return {"mean": float(array.mean()), **found, "max": float(array.max())}
+
+
+def memory_summary(samples: list[tuple[float, float]]) -> dict[str, float]:
+    """Megabytes at the start, when warm, at the end and at most; growth per minute once warm."""
+    import numpy as np
+
+    times, sizes = np.array(samples).T
+    warm = times >= WARM_SHARE * times[-1]
+    slope = np.polyfit(times[warm], sizes[warm], 1)[0] if warm.sum() > 2 else 0.0
+    return {
+        "start_mb": float(sizes[0]),
+        "warm_mb": float(sizes[warm][0]),
+        "end_mb": float(sizes[-1]),
+        "peak_mb": float(sizes.max()),
+        "growth_mb_per_minute": float(slope * 60),
+    }
+
+
+def draw(document: dict[str, Any], results: Results, memory: Any, path: Path) -> None:
+    """Memory over time, and the distributions of the latencies."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    axes[0].plot(*zip(*memory, strict=True))
+    axes[0].set(xlabel="seconds", ylabel="resident MB", ylim=(0, None), title="Server's memory")
+    for name in ("first", "between", "whole"):
+        values = np.sort(np.array(getattr(results, name)) * 1000)
+        axes[1].plot(values, np.linspace(0, 1, len(values)), label=name)
+    title = f"{document['clients']} clients, {document['tokens_per_second']:.0f} tokens/s"
+    axes[1].set(xscale="log", xlabel="ms", ylabel="share of requests or tokens", title=title)
+    axes[1].legend(["first token", "between tokens", "whole request"])
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--clients", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--words", type=int, default=60, help="longest prompt in words")
+    parser.add_argument("--new", default="8,64", help="least and most tokens per answer")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--device", default=platform.processor() or platform.machine())
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    options, serve_options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
+    server = Server(options.model, options.clients, serve_options)
+    try:
+        results, seconds = asyncio.run(run(server, options))
+        server.process.send_signal(signal.SIGTERM)
+        code = server.process.wait(60)
+    finally:
+        server.process.kill()
+    document = {
+        "command": "python benchmarks/serving.py " + " ".join(["MODEL", *arguments[1:]]),
+        "machine": {
+            "device": options.device,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fastapi", "uvicorn")},
+        },
+        "clients": options.clients,
+        "seconds": seconds,
+        "requests": len(results.whole),
+        "errors": len(results.errors),
+        "first_errors": results.errors[:5],
+        "exit_code": code,
+        "prompt_tokens": results.prompt_tokens,
+        "tokens": results.tokens,
+        "tokens_per_second": results.tokens / seconds,
+        "requests_per_second": len(results.whole) / seconds,
+        "first_token_ms": summary(results.first),
+        "between_tokens_ms": summary(results.between),
+        "request_ms": summary(results.whole),
+        "memory": memory_summary(server.memory),
+    }
+    text = json.dumps(document, indent=1)
+    print(text)
+    if options.output is not None:
+        options.output.write_text(text + "\n")
+    if options.plot is not None:
+        draw(document, results, server.memory, options.plot)
+    if results.errors or code != 0:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
