@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from qwen2kit.cli.abandon import abandon
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,7 +83,7 @@ def train(
         result = request.run(screen)
     except BaseException as error:
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            _abandon(error)
+            abandon(error)
         raise
     if result.reports:
         _summarise(result, screen)
@@ -91,30 +91,6 @@ def train(
             emit_json(result.to_json())
     if result.status == "stopped":
         raise typer.Exit(_STOPPED.get(result.signal or "", 1))
-
-
-def _abandon(error: BaseException) -> None:
-    """Say what went wrong and leave without the interpreter's farewell: connections to processes
-    that are gone cannot be taken down, and trying to ends in an abort that hides the exit code."""
-    from traceback import print_exception
-
-    from qwen2kit.errors import PeerError, Qwen2KitError
-
-    code = 1
-    if isinstance(error, Qwen2KitError):
-        code = error.exit_code
-        if not isinstance(error, PeerError):
-            sys.stderr.write(f"error: {error}\n")
-    elif isinstance(error, OSError) and error.filename is not None:
-        code = 11 if error.errno == errno.ENOSPC else 10
-        sys.stderr.write(f"error: {error.strerror}: {error.filename}\n")
-    elif isinstance(error, KeyboardInterrupt):
-        code = 130
-    else:
-        print_exception(error)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 @dataclass(frozen=True, slots=True)
