@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -18,6 +17,7 @@ from typing import Any, Self
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit_evals.provenance import model_provenance
 from qwen2kit_evals.request_log import FILE as LOG_FILE
 from qwen2kit_evals.request_log import RequestLog
@@ -51,7 +51,7 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
         self.log = RequestLog(path / LOG_FILE, digest)
-        _write(before, json.dumps(wanted, indent=2) + "\n")
+        write_text_atomically(before, json.dumps(wanted, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         self.log.__enter__()
@@ -68,8 +68,10 @@ class RunDirectory:
     def finish(self, document: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
         """Write samples, one a line, and the results; the run is finished then."""
         lines = (json.dumps(plain(sample), ensure_ascii=False) + "\n" for sample in samples)
-        _write(self.path / SAMPLES_FILE, "".join(lines))
-        _write(self.path / RESULTS_FILE, json.dumps(plain(document), indent=2) + "\n")
+        write_text_atomically(self.path / SAMPLES_FILE, "".join(lines))
+        write_text_atomically(
+            self.path / RESULTS_FILE, json.dumps(plain(document), indent=2) + "\n"
+        )
 
 
 def default_directory(kind: str, model: str) -> Path:
@@ -97,13 +99,3 @@ def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:
             f"{file.parent} holds an unfinished run with another {', '.join(changed)}; "
             "repeat its options or name a new --output"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    """All of it or nothing, on disk."""
-    building = path.with_name(f".{path.name}.part")
-    with building.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    building.replace(path)

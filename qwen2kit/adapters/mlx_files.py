@@ -16,9 +16,10 @@ import numpy as np
 
 from qwen2kit.adapters.lora import Adapter, LowRank, finite_number, pair_up
 from qwen2kit.errors import ConfigError, WeightError
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit.weights.hf_layout import read_json
 from qwen2kit.weights.safetensors_read import SafetensorsFile
-from qwen2kit.weights.safetensors_write import write_safetensors, write_text_atomically
+from qwen2kit.weights.safetensors_write import write_safetensors
 from qwen2kit.weights.tensor import DType, HostTensor, from_bits, from_numpy
 
 CONFIG_FILE = "adapter_config.json"

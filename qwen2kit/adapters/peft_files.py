@@ -13,8 +13,9 @@ from pathlib import Path
 from qwen2kit.adapters.lora import Adapter, LowRank, factor_names, pair_up
 from qwen2kit.adapters.peft_config import PeftConfig, peft_document, read_peft_config
 from qwen2kit.errors import WeightError
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit.weights.safetensors_read import SafetensorsFile
-from qwen2kit.weights.safetensors_write import write_safetensors, write_text_atomically
+from qwen2kit.weights.safetensors_write import write_safetensors
 from qwen2kit.weights.tensor import DType, HostTensor
 
 CONFIG_FILE = "adapter_config.json"

@@ -140,7 +140,7 @@ def _fresh() -> Path:
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
-    from qwen2kit.weights.safetensors_write import write_text_atomically
+    from qwen2kit.partial_file import write_text_atomically
 
     write_text_atomically(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 

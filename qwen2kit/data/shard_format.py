@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2kit.errors import DataError
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit.tokenizer.bpe import Tokenizer
-from qwen2kit.weights.safetensors_write import write_text_atomically
 
 INDEX_FILE, JOB_FILE, TOKENIZER_DIR = "index.json", "job.json", "tokenizer"
 FORMAT, VERSION = "qwen2kit token shards", 1

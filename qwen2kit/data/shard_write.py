@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import chain
@@ -13,33 +12,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.data.shard_format import ShardInfo
-
-PARTIAL = ".partial"
+from qwen2kit.partial_file import PartialFile
 
 
 class _ArrayFile:
     """A file that is being written, with its digest."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.digest = sha256()
-        self._partial = path.with_name(f".{path.name}{PARTIAL}")
-        self._file = self._partial.open("wb")
+        self._partial = PartialFile(path)
 
     def write(self, values: NDArray[np.generic]) -> None:
         data = values.tobytes()
-        self._file.write(data)
+        self._partial.file.write(data)
         self.digest.update(data)
 
     def finish(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._partial.replace(self.path)
+        self._partial.finish()
+        self._partial.publish()
 
-    def abort(self) -> None:
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+    def discard(self) -> None:
+        self._partial.discard()
 
 
 class ShardWriter:
@@ -109,7 +102,7 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         for file in self._files.values():
-            file.abort()
+            file.discard()
 
     def _add_bits(self, mask: NDArray[np.bool_]) -> None:
         self._supervised += int(mask.sum())

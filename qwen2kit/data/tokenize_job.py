@@ -33,12 +33,11 @@ from qwen2kit.data.shard_format import (
     tokenizer_digest,
     write_index,
 )
-from qwen2kit.data.shard_write import PARTIAL
 from qwen2kit.data.tokenize_worker import Shared, Work, read_finished, run_worker
 from qwen2kit.data.work_units import Unit, plan_units
 from qwen2kit.errors import DataError
+from qwen2kit.partial_file import SUFFIX, write_text_atomically
 from qwen2kit.tokenizer.bpe import Tokenizer
-from qwen2kit.weights.safetensors_write import write_text_atomically
 
 _POLL_SECONDS = 0.2
 
@@ -151,7 +150,7 @@ def _is_finished(directory: Path, job: dict[str, Any], inputs: str) -> bool:
         except ValueError:
             raise DataError(f"{directory / JOB_FILE} is damaged; remove {directory}") from None
         _refuse_other(directory, begun, job)
-    elif not all(name.endswith(PARTIAL) for name in os.listdir(directory)):
+    elif not all(name.endswith(SUFFIX) for name in os.listdir(directory)):
         raise DataError(f"{directory} is not empty and holds no token shards; choose another --out")
     return False
 
@@ -173,7 +172,7 @@ def _begin(directory: Path, job: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 
 def _remove_partials(directory: Path) -> None:
-    for path in directory.glob(f".*{PARTIAL}"):
+    for path in directory.glob(f".*{SUFFIX}"):
         path.unlink(missing_ok=True)
 
 

@@ -24,8 +24,8 @@ from qwen2kit.data.shard_format import TOKENIZER_DIR, ShardInfo, Task
 from qwen2kit.data.shard_write import ShardWriter
 from qwen2kit.data.work_units import Unit
 from qwen2kit.errors import DataError, Qwen2KitError
+from qwen2kit.partial_file import sync_directory, write_text_atomically
 from qwen2kit.tokenizer.bpe import Tokenizer
-from qwen2kit.weights.safetensors_write import sync_directory, write_text_atomically
 
 if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue

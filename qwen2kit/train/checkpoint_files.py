@@ -15,7 +15,7 @@ from typing import Any
 
 from qwen2kit.backend.protocol import Saving
 from qwen2kit.errors import TrainingError
-from qwen2kit.weights.safetensors_write import sync_directory
+from qwen2kit.partial_file import sync_directory
 
 STATE_FILE = "state.json"
 SCHEMA_VERSION = 2

@@ -19,6 +19,7 @@ from typing import Any
 from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import Saving
 from qwen2kit.errors import PeerError, TrainingError, WeightError
+from qwen2kit.partial_file import sync_directory
 from qwen2kit.train.agreement import settle, together
 from qwen2kit.train.checkpoint_files import (
     OtherVersion,
@@ -27,7 +28,6 @@ from qwen2kit.train.checkpoint_files import (
     verify_files,
     write_state,
 )
-from qwen2kit.weights.safetensors_write import sync_directory
 
 _NAME = re.compile(r"step-(\d{8,})")
 State = dict[str, Any]

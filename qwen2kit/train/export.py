@@ -10,13 +10,14 @@ from pathlib import Path
 
 from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.partial_file import sync_directory
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import schema
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.train.agreement import settle
 from qwen2kit.weights.generation import GenerationDefaults
-from qwen2kit.weights.safetensors_write import SafetensorsWriter, sync_directory
+from qwen2kit.weights.safetensors_write import SafetensorsWriter
 from qwen2kit.weights.source import TensorInfo
 from qwen2kit.weights.tensor import DType, HostTensor
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen2kit.errors import TrainingError
-from qwen2kit.weights.safetensors_write import write_text_atomically
+from qwen2kit.partial_file import write_text_atomically
 
 Record = dict[str, Any]
 

@@ -18,10 +18,10 @@ from typing import Any
 
 from qwen2kit.config.tree import RunConfig
 from qwen2kit.errors import ConfigError
+from qwen2kit.partial_file import sync_directory, write_text_atomically
 from qwen2kit.spec.hf import from_hf_config, to_hf_config
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.train.setup import Origin, check_vocabulary
-from qwen2kit.weights.safetensors_write import sync_directory, write_text_atomically
 
 SCHEMA_VERSION = 1
 RUN_FILE, METRICS_FILE, CURVE_FILE = "run.json", "metrics.jsonl", "loss.png"

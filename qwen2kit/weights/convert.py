@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qwen2kit.errors import ConfigError
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights.checkpoint import Checkpoint, Format
@@ -19,7 +20,7 @@ from qwen2kit.weights.gguf_write import GGUF_TYPES, GgufType, write_gguf
 from qwen2kit.weights.hf_layout import read_json
 from qwen2kit.weights.quantization import Quantization
 from qwen2kit.weights.safetensors_convert import write_hf_weights, write_mlx_weights
-from qwen2kit.weights.safetensors_write import DEFAULT_MAX_SHARD_BYTES, write_text_atomically
+from qwen2kit.weights.safetensors_write import DEFAULT_MAX_SHARD_BYTES
 from qwen2kit.weights.staging import refuse_overwrite, staged_directory
 from qwen2kit.weights.tensor import FLOAT_DTYPES, DType
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from qwen2kit.errors import ConfigError
+from qwen2kit.partial_file import sync_directory
 from qwen2kit.weights.checkpoint import Checkpoint
 from qwen2kit.weights.generation import END_TOKENS
 from qwen2kit.weights.gguf_names import GgufSlot, gguf_slots
 from qwen2kit.weights.gguf_spec import ARCHITECTURES, spec_to_gguf
 from qwen2kit.weights.gguf_tokenizer import GgufVocabulary, gguf_vocabulary
-from qwen2kit.weights.safetensors_write import sync_directory
 from qwen2kit.weights.source import WeightSource
 from qwen2kit.weights.tensor import DType, HostTensor
 

@@ -7,15 +7,13 @@ disk or a crash never leaves a file that looks finished.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
 
 from qwen2kit.errors import WeightError
+from qwen2kit.partial_file import PartialFile, sync_directory, write_text_atomically
 from qwen2kit.weights.safetensors_read import DTYPES
 from qwen2kit.weights.source import TensorInfo
 from qwen2kit.weights.tensor import ITEM_SIZE, HostTensor
@@ -42,15 +40,14 @@ class SafetensorsFileWriter:
         self, path: Path, tensors: Plan, *, metadata: Mapping[str, str] | None = None
     ) -> None:
         self.path = path
-        self._temporary = path.with_name(f".{path.name}.partial")
         self._pending = dict(tensors)
         if len(self._pending) != len(tensors):
             raise WeightError(f"{path.name}: a tensor name occurs twice")
         header, self._offsets = _header(tensors, metadata or {})
         self._start = len(header)
-        self._file: BinaryIO = self._temporary.open("wb")
+        self._partial = PartialFile(path)
         try:
-            self._file.write(header)
+            self._partial.file.write(header)
         except BaseException:
             self.abort()
             raise
@@ -70,8 +67,8 @@ class SafetensorsFileWriter:
                 f"{self.path.name}: tensor {name!r} is {tensor.dtype} {list(tensor.shape)}, "
                 f"planned was {planned.dtype} {list(planned.shape)}"
             )
-        self._file.seek(self._start + self._offsets[name])
-        self._file.write(tensor.data)
+        self._partial.file.seek(self._start + self._offsets[name])
+        self._partial.file.write(tensor.data)
 
     def finish(self) -> None:
         """Flush the temporary file to disk; it is not yet visible under its final name.
@@ -83,13 +80,11 @@ class SafetensorsFileWriter:
             raise WeightError(
                 f"{self.path.name}: tensors never written: {sorted(self._pending)[:3]}"
             )
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._partial.finish()
 
     def publish(self) -> None:
         """Give the finished file its final name."""
-        self._temporary.replace(self.path)
+        self._partial.publish()
 
     def close(self) -> None:
         """`finish`, then `publish`."""
@@ -99,9 +94,7 @@ class SafetensorsFileWriter:
 
     def abort(self) -> None:
         """Remove the temporary file; the final name stays untouched."""
-        with suppress(OSError):  # closing flushes, which fails again on a full disk
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._partial.discard()
 
     def __enter__(self) -> SafetensorsFileWriter:
         return self
@@ -198,32 +191,6 @@ def write_safetensors(
     with SafetensorsFileWriter(path, plan, metadata=metadata) as writer:
         for name, tensor in items:
             writer.write(name, tensor)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 ``text`` so that ``path`` holds either the old or the whole new content."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames inside ``directory`` durable (a no-op where directories cannot be opened)."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def nbytes(info: TensorInfo) -> int:
