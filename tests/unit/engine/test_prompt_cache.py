@@ -16,10 +16,11 @@ from qwen2kit.engine.prompt_cache import load_prompt, model_fingerprint, save_pr
 from qwen2kit.engine.request import Request
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.generate.sampling import Sampling
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.weights.checkpoint import open_checkpoint
 from qwen2kit.weights.safetensors_read import SafetensorsFile
-from qwen2kit.weights.safetensors_write import write_safetensors, write_text_atomically
+from qwen2kit.weights.safetensors_write import write_safetensors
 from qwen2kit.weights.tensor import from_numpy
 from tests.conftest import random_weights, small_spec
 
