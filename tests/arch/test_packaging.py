@@ -66,7 +66,7 @@ def test_top_level_is_the_four_packages(wheel: Path) -> None:
 def test_every_source_file_and_recipe_is_inside(wheel: Path) -> None:
     inside = names(wheel)
     for package, root in PACKAGES.items():
-        kinds = ("*.toml", "*.jinja", "*.yaml", "*.sbatch")
+        kinds = ("*.toml", "*.jinja", "*.yaml", "*.sbatch", "*.html")
         data = [root / "py.typed", *(file for kind in kinds for file in root.rglob(kind))]
         for file in [f for f in source_files() if f.is_relative_to(root)] + data:
             assert f"{package}/{file.relative_to(root).as_posix()}" in inside
@@ -74,7 +74,7 @@ def test_every_source_file_and_recipe_is_inside(wheel: Path) -> None:
 
 
 def test_nothing_else_is_inside(wheel: Path) -> None:
-    allowed = {".py", ".typed", ".toml", ".jinja", ".yaml", ".sbatch", ".json", ".txt"}
+    allowed = {".py", ".typed", ".toml", ".jinja", ".yaml", ".sbatch", ".json", ".txt", ".html"}
     strange = {
         name for name in names(wheel)
         if ".dist-info/" not in name and Path(name).suffix not in allowed

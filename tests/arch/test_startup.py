@@ -11,11 +11,11 @@ import pytest
 HEAVY = {
     "torch", "mlx", "transformers", "mlx_lm", "lm_eval", "datasets", "numpy", "pydantic",
     "tokenizers", "safetensors", "gguf", "jinja2", "huggingface_hub", "pyarrow", "matplotlib",
-    "rich", "qwen2kit_torch", "qwen2kit_mlx", "qwen2kit_evals",
+    "rich", "fastapi", "uvicorn", "starlette", "qwen2kit_torch", "qwen2kit_mlx", "qwen2kit_evals",
 }  # fmt: skip
 COMMANDS = (
     "train", "convert", "chat", "eval", "parity", "inspect", "plan", "doctor", "demo", "data",
-    "launch",
+    "launch", "serve",
 )  # fmt: skip
 LIMIT_SECONDS = 0.3
 
