@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2kit.cli.drafting import DraftOption, PromptLookupOption
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qwen2kit.cli.chat_turn import Manner
     from qwen2kit.generate.chat_session import ChatSession
 
 DEFAULT_MODEL = "Qwen/Qwen2-0.5B-Instruct"
@@ -40,6 +42,22 @@ def chat(
     repetition_penalty: Annotated[float | None, typer.Option(help="1 is off.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    draft: DraftOption = None,
+    prompt_lookup: PromptLookupOption = None,
+    schema: Annotated[
+        Path | None, typer.Option(help="Answer in JSON of the schema in this file.")
+    ] = None,
+    regex: Annotated[str | None, typer.Option(help="Answer in text that matches.")] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="Python file whose functions the model may ask to be called."),
+    ] = None,
+    yes_tools: Annotated[
+        bool, typer.Option("--yes-tools", help="Run what it asks for without asking you.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Show the text as it is, not as Markdown.")
+    ] = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="One JSON document (with --prompt or a pipe).")
     ] = False,
@@ -62,13 +80,25 @@ def chat(
         raise ConfigError(
             "--adapter needs the model it belongs to: qwen2kit chat MODEL --adapter DIR"
         )
-    session = _open(model, adapter, backend, dtype, device, system, sampling)
+    from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit.cli.chat_open import Extras, open_session
+    from qwen2kit.cli.chat_turn import Manner
+
+    session = open_session(
+        model if model is not None else _default_model(),
+        Extras(adapter, draft, prompt_lookup, schema, regex, tools),
+        backend=backend,
+        plan=ExecutionPlan(device=device, dtype=dtype),
+        system=system,
+        sampling=sampling,
+    )
+    manner = Manner(markdown=not plain, yes_tools=yes_tools)
     if question is None:
         from qwen2kit.cli.chat_loop import converse
 
-        converse(session)
+        converse(session, manner)
     else:
-        _answer_once(session, question, json_output)
+        _answer_once(session, question, manner, json_output)
 
 
 def _piped() -> str | None:
@@ -84,35 +114,6 @@ def _piped() -> str | None:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _open(
-    model: str | None,
-    adapter: str | None,
-    backend: str,
-    dtype: str,
-    device: str,
-    system: str | None,
-    sampling: dict[str, object],
-) -> ChatSession:
-    from qwen2kit.backend.loading import load_model
-    from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.generate.chat_session import ChatSession
-    from qwen2kit.generate.sampling import Sampling
-
-    Sampling(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[arg-type]
-    plan = ExecutionPlan(device=device, dtype=dtype)
-    chosen = model if model is not None else _default_model()
-    with console().status(f"loading {chosen}"):
-        loaded = load_model(chosen, backend=backend, plan=plan, adapter=adapter)
-    session = ChatSession(loaded, system=system, **sampling)
-    for key in loaded.checkpoint.generation.ignored:
-        console().print(f"note: {key} of generation_config.json is not supported", markup=False)
-    for note in loaded.checkpoint.notes:
-        console().print(f"note: {note}", markup=False)
-    if not session.is_chat:
-        console().print("This model has no chat template: it continues your text.")
-    return session
-
-
 def _default_model() -> str:
     from qwen2kit.weights.locate import latest_run
 
@@ -126,21 +127,30 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _answer_once(session: ChatSession, question: str, json_output: bool) -> None:
-    from qwen2kit.cli.chat_loop import stream_answer, warn_about_controls
+def _answer_once(session: ChatSession, question: str, manner: Manner, json_output: bool) -> None:
+    from qwen2kit.cli.chat_turn import stream_answer, warn_about_controls
 
     warn_about_controls(session, question)
     if not json_output:
-        stream_answer(session, question)
+        stream_answer(session, question, manner)
         return
-    text = "".join(session.send(question))
+    for piece in session.send(question):
+        if not isinstance(piece, str) and manner.yes_tools:
+            piece.run()
     answer = session.last
     assert answer is not None
     emit_json(
         {
-            "text": text,
+            "text": answer.text,
+            "tool_calls": [
+                {"name": call.name, "arguments": call.arguments, "result": result}
+                for call, result in answer.calls
+            ],
             "tokens": answer.tokens,
             "prompt_tokens": answer.prompt_tokens,
+            "drafted_tokens": answer.drafted,
+            "accepted_tokens": answer.accepted,
+            "context_limit": answer.context_limit,
             "finish_reason": answer.finish_reason,
             "seconds": round(answer.seconds, 4),
             "first_token_seconds": round(answer.first_token_seconds, 4),

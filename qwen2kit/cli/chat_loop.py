@@ -1,137 +1,173 @@
-"""The interactive side of ``qwen2kit chat``: reading lines, slash commands, streaming answers."""
+"""The interactive side of ``qwen2kit chat``: reading lines, slash commands."""
 
 from __future__ import annotations
 
 import json
-import sys
-from contextlib import closing, suppress
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from qwen2kit.cli.output import console
+from qwen2kit.cli.chat_turn import Manner, say, stream_answer, warn_about_controls
 from qwen2kit.errors import Qwen2KitError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from qwen2kit.generate.chat_session import Answer, ChatSession
+    from qwen2kit.generate.chat_session import ChatSession
 
 HELP = """\
 /reset         forget the conversation (the system prompt stays)
 /system TEXT   set the system prompt; without TEXT, show it
+/tools FILE.py offer the functions of a file to the model; without FILE, list them; off: none
 /save FILE     write the conversation as JSON messages
+/load FILE     go on from such a file
 /help          this list
-/exit          leave (also Ctrl-D); Ctrl-C interrupts an answer"""
+/exit          leave (also Ctrl-D); Ctrl-C interrupts an answer
+A line that ends in \\ goes on in the next one. Arrow keys bring back earlier lines."""
+_LINES_KEPT: Final = 1000
 
 
-def converse(session: ChatSession) -> None:
+def converse(session: ChatSession, manner: Manner | None = None) -> None:
     """Read, answer, repeat until /exit or end of input."""
-    with suppress(ImportError):
-        import readline  # noqa: F401  (line editing and history for input())
-    _say("Type /help for commands, /exit to leave.")
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            _say("")
-            return
-        except KeyboardInterrupt:
-            _say("\n(/exit or Ctrl-D leaves)")
-            continue
-        if not line.strip():
-            continue
-        if line.startswith("/"):
-            if not run_command(session, line):
+    manner = manner or Manner()
+    say("Type /help for commands, /exit to leave.")
+    with _line_history():
+        while True:
+            try:
+                line = _read()
+            except EOFError:
+                say("")
                 return
-            continue
-        try:
-            warn_about_controls(session, line)
-            stream_answer(session, line)
-        except KeyboardInterrupt:
-            _say("\n(interrupted; the conversation goes on)")
-        except Qwen2KitError as error:
-            _say(f"error: {error}")
+            except KeyboardInterrupt:
+                say("\n(/exit or Ctrl-D leaves)")
+                continue
+            if line.startswith("/"):
+                if not run_command(session, line):
+                    return
+            elif line.strip():
+                _answer(session, line, manner)
 
 
 def run_command(session: ChatSession, line: str) -> bool:
     """Carry out one slash command; False means leave."""
     name, _, rest = line[1:].partition(" ")
-    rest = rest.strip()
     if name in ("exit", "quit"):
         return False
-    if name == "reset":
-        session.reset()
-        _say("(conversation forgotten)")
-    elif name == "system":
-        _system(session, rest)
-    elif name == "save":
-        _save(session, rest)
-    elif name == "help":
-        _say(HELP)
-    else:
-        _say(f"unknown command /{name}\n{HELP}")
+    command = _COMMANDS.get(name)
+    if command is None:
+        say(f"unknown command /{name}\n{HELP}")
+        return True
+    try:
+        command(session, rest.strip())
+    except Qwen2KitError as error:
+        say(f"error: {error}")
     return True
 
 
-def stream_answer(session: ChatSession, text: str) -> None:
-    """Write the answer to stdout as it comes, then the statistics to stderr."""
-    stream: Generator[str, None, None] = session.send(text)  # type: ignore[assignment]
-    with closing(stream):
-        for piece in stream:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    if session.last is not None:
-        _say(summary(session.last, session.sampling.max_new_tokens))
+def _answer(session: ChatSession, line: str, manner: Manner) -> None:
+    try:
+        warn_about_controls(session, line)
+        stream_answer(session, line, manner)
+    except KeyboardInterrupt:
+        say("\n(interrupted; the conversation goes on)")
+    except Qwen2KitError as error:
+        say(f"error: {error}")
 
 
-def summary(answer: Answer, max_new_tokens: int) -> str:
-    """One line: tokens, speed and why the answer ended."""
-    speed = f"{answer.tokens} tokens, {answer.tokens_per_second:.1f} tokens/s"
-    start = f"first token after {answer.first_token_seconds:.2f} s"
-    if answer.finish_reason == "length":
-        why = (
-            "stopped because the model's context is full (/reset starts over)"
-            if answer.context_full
-            else f"stopped at --max-new-tokens {max_new_tokens}"
-        )
-        return f"[{speed}, {start}; {why}]"
-    return f"[{speed}, {start}]"
+def _read() -> str:
+    lines = [input("> ")]
+    while lines[-1].endswith("\\"):
+        lines[-1] = lines[-1][:-1]
+        lines.append(input(". "))
+    return "\n".join(lines)
 
 
-def warn_about_controls(session: ChatSession, text: str) -> None:
-    """Say that spelled-out control tokens are taken as ordinary text."""
-    found = session.typed_controls(text)
-    if found:
-        _say(f"(note: {', '.join(found)} is read as ordinary text, not as a control token)")
+@contextmanager
+def _line_history() -> Iterator[None]:
+    """Line editing, with the lines of earlier chats; they are kept in the user's state folder."""
+    try:
+        import readline
+    except ImportError:
+        yield
+        return
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    path = state / "qwen2kit" / "chat_history"
+    with suppress(OSError):
+        readline.read_history_file(path)
+    try:
+        yield
+    finally:
+        readline.set_history_length(_LINES_KEPT)
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            readline.write_history_file(path)
+
+
+def _reset(session: ChatSession, rest: str) -> None:
+    session.reset()
+    say("(conversation forgotten)")
 
 
 def _system(session: ChatSession, text: str) -> None:
     if not text:
         current = session.system
-        _say("(the template's default)" if current is None else current)
+        say("(the template's default)" if current is None else current)
         return
-    try:
-        session.system = text
-    except Qwen2KitError as error:
-        _say(f"error: {error}")
-    else:
-        _say("(system prompt set; the conversation so far is kept, /reset forgets it)")
+    session.system = text
+    say("(system prompt set; the conversation so far is kept, /reset forgets it)")
+
+
+def _tools(session: ChatSession, name: str) -> None:
+    if name == "off":
+        session.tools = []
+    elif name:
+        from qwen2kit.generate.tool_functions import load_tools
+
+        session.tools = load_tools(Path(name).expanduser())
+    offered = ", ".join(tool.name for tool in session.tools)
+    say(f"(tools: {offered})" if offered else "(no tools)")
 
 
 def _save(session: ChatSession, name: str) -> None:
     if not name:
-        _say("usage: /save FILE")
+        say("usage: /save FILE")
         return
     document = json.dumps(session.messages, ensure_ascii=False, indent=2) + "\n"
     try:
         Path(name).expanduser().write_text(document, encoding="utf-8")
     except OSError as error:
-        _say(f"error: cannot write {name}: {error.strerror}")
+        say(f"error: cannot write {name}: {error.strerror}")
     else:
-        _say(f"(saved {len(session.messages)} messages to {name})")
+        say(f"(saved {len(session.messages)} messages to {name})")
 
 
-def _say(text: str) -> None:
-    console().print(text, markup=False, soft_wrap=True)
+def _load(session: ChatSession, name: str) -> None:
+    if not name:
+        say("usage: /load FILE")
+        return
+    try:
+        messages = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        say(f"error: cannot read {name}: {error.strerror}")
+        return
+    except ValueError:
+        messages = None
+    if not isinstance(messages, list):
+        say(f"error: {name} holds no list of JSON messages, as /save writes it")
+        return
+    session.load(messages)
+    say(f"(loaded {len(messages)} messages from {name})")
+
+
+def _help(session: ChatSession, rest: str) -> None:
+    say(HELP)
+
+
+_COMMANDS: Final[dict[str, Callable[[ChatSession, str], None]]] = {
+    "reset": _reset,
+    "system": _system,
+    "tools": _tools,
+    "save": _save,
+    "load": _load,
+    "help": _help,
+}

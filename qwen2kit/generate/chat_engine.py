@@ -10,6 +10,7 @@ from qwen2kit.engine.text import TextEngine, TextEvent
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.engine.drafting import Drafter
+    from qwen2kit.engine.request import Constraint
     from qwen2kit.generate.sampling import Sampling
 
 _FIRST_CAPACITY: Final = 4096
@@ -42,7 +43,9 @@ class ChatEngine:
         self._engine: TextEngine | None = None
         self._past = Counts()
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[TextEvent]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling, constraint: Constraint | None = None
+    ) -> Iterator[TextEvent]:
         """The answer as it comes. Closing the stream early keeps what was read; an exception from
         inside the model (Ctrl-C too) costs it.
 
@@ -50,7 +53,7 @@ class ChatEngine:
             BackendError: the prompt is longer than the model can take, or memory is short.
         """
         engine = self._open(min(self._loaded.model.limit, len(prompt) + sampling.max_new_tokens))
-        key = engine.submit(prompt, sampling)
+        key = engine.submit(prompt, sampling, constraint=constraint)
         done = False
         try:
             while not done:

@@ -15,6 +15,7 @@ from qwen2kit.tokenizer.chat_template import Message, check_messages
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.engine.drafting import Drafter
+    from qwen2kit.engine.request import Constraint
     from qwen2kit.generate.tool_functions import Tool
 
 _MOST_ROUNDS: Final = 16
@@ -33,6 +34,7 @@ class ChatSession:
         loaded: the model.
         system: system prompt; None leaves the choice to the checkpoint's template.
         drafter: makes a drafter for so many slots of so many tokens.
+        grammar: makes what an answer must follow; None is anything.
         sampling: overrides of the checkpoint's generation defaults (fields of `Sampling`).
 
     Attributes:
@@ -49,12 +51,14 @@ class ChatSession:
         *,
         system: str | None = None,
         drafter: Callable[[int, int], Drafter] | None = None,
+        grammar: Callable[[], Constraint] | None = None,
         **sampling: object,
     ) -> None:
         self.loaded = loaded
         self.sampling = loaded.sampling(**sampling)
         self.last: Answer | None = None
         self._engine = ChatEngine(loaded, drafter)
+        self._grammar = grammar
         self._turns: list[dict[str, Any]] = []
         self._tools: dict[str, Tool] = {}
         self._system: str | None = None
@@ -204,7 +208,8 @@ class ChatSession:
                 progress.pieces.append(said)
                 yield said
 
-        for event in self._engine.stream(prompt, self.sampling):
+        constraint = None if self._grammar is None else self._grammar()
+        for event in self._engine.stream(prompt, self.sampling, constraint):
             progress.add(event)
             yield from keep(parser.push(event.text) if parser else (event.text, []))
         progress.count(before, self._engine.counts)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qwen2kit.backend.registry import installed
 from qwen2kit.cli import chat_loop
 from qwen2kit.errors import BackendError
+from qwen2kit.tokenizer.chat_template import check_messages
 from tests.run_cli import ALL_THREADS, run_cli, run_json
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -69,6 +73,60 @@ def test_control_tokens_give_a_notice(model_dir: Path) -> None:
     assert "<|im_end|> is read as ordinary text" in done.stderr
 
 
+def test_guesses_leave_the_text_alone(model_dir: Path, tmp_path: Path) -> None:
+    write_tiny_checkpoint(tmp_path, seed=3, num_hidden_layers=1)
+    options = ("--prompt", "the cat sat on", "--max-new-tokens", "24", "--temperature", "0.9",
+               "--seed", "5", "--dtype", "float32")  # fmt: skip
+    plain, lookup, draft = (
+        run_json("chat", model_dir, *options, *how)
+        for how in ((), ("--prompt-lookup", "3"), ("--draft", tmp_path))
+    )
+    assert plain["text"] == lookup["text"] == draft["text"]
+    assert plain["drafted_tokens"] == 0
+    assert draft["drafted_tokens"] > 0
+
+
+def test_answers_by_a_grammar(model_dir: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, '
+                      '"required": ["a"], "additionalProperties": false}')  # fmt: skip
+    options = ("--prompt", "?", "--max-new-tokens", "200", "--temperature", "1", "--seed", "1")
+    document = run_json("chat", model_dir, *options, "--schema", schema)
+    assert json.loads(document["text"])["a"] in ("x", "y")
+    assert document["finish_reason"] == "stop"
+    document = run_json("chat", model_dir, *options, "--regex", "[0-9]{3}-[a-c]")
+    assert re.fullmatch("[0-9]{3}-[a-c]", document["text"])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--schema", "absent.json"), "No such file"),
+        (("--regex", "(a"), "unclosed group"),
+        (("--regex", "a", "--schema", "x"), "contradict"),
+        (("--draft", "x", "--prompt-lookup", "3"), "give one of them"),
+        (("--prompt-lookup", "0"), "at least 1 token"),
+        (("--tools", "absent.py"), "not a Python file"),
+    ],
+)
+def test_bad_options_are_one_line(
+    model_dir: Path, tmp_path: Path, options: tuple[str, ...], reason: str
+) -> None:
+    done = run_cli("chat", model_dir, "--prompt", "x", *options, cwd=tmp_path)
+    assert done.returncode != 0
+    assert reason in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_tools_need_a_template_that_knows_them(model_dir: Path, tmp_path: Path) -> None:
+    functions = tmp_path / "mine.py"
+    functions.write_text("def add(a: int, b: int) -> int:\n    return a + b\n")
+    done = run_cli("chat", model_dir, "--prompt", "x", "--tools", functions)
+    assert done.returncode == 4
+    assert "does not support tools" in done.stderr
+
+
 class _Session:
     """Stands in for ChatSession in the loop's tests."""
 
@@ -76,10 +134,15 @@ class _Session:
         self.system: str | None = None
         self.messages: list[dict[str, str]] = []
         self.last = None
+        self.tools: list[Any] = []
         self.sent: list[str] = []
 
     def reset(self) -> None:
         self.messages.clear()
+
+    def load(self, messages: list[dict[str, str]]) -> None:
+        check_messages(messages)
+        self.messages = list(messages)
 
     def typed_controls(self, text: str) -> list[str]:
         return []
@@ -107,6 +170,7 @@ def _converse(monkeypatch: pytest.MonkeyPatch, *lines: object) -> _Session:
         return str(line)
 
     monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setenv("XDG_STATE_HOME", tempfile.mkdtemp())
     chat_loop.converse(session)  # type: ignore[arg-type]
     return session
 
@@ -127,6 +191,42 @@ def test_loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Ca
         assert text in out.err
 
 
+def test_loop_loads_and_offers_tools(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved, wrong, list_of_wrong = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"
+    saved.write_text(json.dumps([{"role": "user", "content": "hi"}]))
+    wrong.write_text("{")
+    list_of_wrong.write_text('[{"content": "x"}]')
+    functions = tmp_path / "mine.py"
+    functions.write_text("def add(a: int, b: int) -> int:\n    return a + b\n")
+    session = _converse(
+        monkeypatch, "/tools", f"/tools {functions}", f"/tools {tmp_path / 'no.py'}",
+        f"/load {wrong}", f"/load {list_of_wrong}", f"/load {tmp_path / 'absent'}", "/load",
+        f"/load {saved}", "two\\", "lines", "/tools off",
+    )  # fmt: skip
+    assert session.messages[0] == {"role": "user", "content": "hi"}
+    assert session.sent == ["two\nlines"]
+    assert session.tools == []
+    err = capsys.readouterr().err
+    for text in (
+        "(no tools)", "(tools: add)", "is not a Python file", "no list of JSON messages",
+        "message 0 has no role", "cannot read", "usage: /load FILE", "(loaded 1 messages",
+    ):  # fmt: skip
+        assert text in err
+
+
+def test_lines_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    readline = pytest.importorskip("readline")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    with chat_loop._line_history():
+        readline.clear_history()
+        readline.add_history("what is GQA?")
+    readline.clear_history()
+    with chat_loop._line_history():
+        assert readline.get_history_item(1) == "what is GQA?"
+
+
 def test_loop_survives_interrupts_and_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,7 +235,7 @@ def test_loop_survives_interrupts_and_errors(
     )
     assert session.sent == ["interrupt", "fail", "go on"]
     out = capsys.readouterr()
-    assert out.out == "paranswer\n"
+    assert out.out == "par\nanswer\n"
     assert "interrupted; the conversation goes on" in out.err
     assert "error: it broke" in out.err
 
