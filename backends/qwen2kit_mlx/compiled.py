@@ -18,6 +18,7 @@ from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.attention import Fresh
 from qwen2kit_mlx.device_logits import LOGIT_ROWS
 from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.memory import free_bytes, slots_that_fit, token_bytes
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.score import score
 from qwen2kit_mlx.slots import MLXSlots
@@ -109,6 +110,8 @@ class MLXModel:
                 f"{count} slots of {capacity} tokens are impossible; a slot of this model holds "
                 f"1 to {self.limit} tokens"
             )
+        size = token_bytes(self.spec, self._dtype, self._cache_bits)
+        count = slots_that_fit(count, capacity, size, free_bytes(self._device))
         return MLXSlots(decoder, count, capacity, self._device, self._cache_bits)
 
     def _ready(self) -> Decoder:

@@ -16,6 +16,7 @@ from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
 from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
 from qwen2kit_mlx.host_tensor import to_host
+from qwen2kit_mlx.memory import Wired
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import Piece, passes
 from qwen2kit_mlx.saved_slots import fitting
@@ -44,6 +45,7 @@ class MLXSlots:
         with mx.stream(device):
             self._store = SlotStore(decoder.spec, count, decoder.dtype, bits)
         self._row = list(range(count))
+        self._wired = Wired().__enter__()
 
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
         """See `Slots.feed`."""
@@ -116,6 +118,7 @@ class MLXSlots:
     def close(self) -> None:
         """See `Slots.close`."""
         self._store.drop()
+        self._wired.__exit__(None, None, None)
         mx.clear_cache()
 
     def _arrange(self, slots: Sequence[int]) -> list[int]:
