@@ -15,7 +15,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.plan import ExecutionPlan
@@ -27,11 +26,12 @@ from qwen2kit_evals.chat import render
 from qwen2kit_evals.generation import (
     Asked,
     Decoding,
-    continue_all,
     decoding,
     together_by_default,
 )
+from qwen2kit_evals.progress import Progress
 from qwen2kit_evals.request_log import RequestLog
+from qwen2kit_evals.team import Team, Work, compute
 
 DEFAULT_MAX_GEN_TOKS = 256
 _LM_EVAL_DEVICE = "cuda:0"
@@ -54,6 +54,8 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
 
     Attributes:
         log: answers known from an interrupted run, and where new ones are written.
+        team: the other processes that answer, if there are any.
+        answered: requests that were not found in the log.
         label: what stands before the progress bars.
 
     Raises:
@@ -90,6 +92,8 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self.seed = int(seed)
         self.truncated = 0
         self.log = RequestLog()
+        self.team: Team | None = None
+        self.answered = 0
         self.label = ""
         self._prefix_token_id = prefix_token_id
         self._lines = LineEncoder(self.tokenizer)
@@ -141,7 +145,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         """Log-probability of each continuation, and whether it is the greedy one; tokenised as
         lm-eval does it (spaces at the end of a context belong to its continuation)."""
         pairs = [request.args for request in requests]
-        answers = self._score(self._encode_pairs(pairs), disable_tqdm)
+        answers = self._score(self._encode_pairs(pairs), disable_tqdm, tasks=_tasks(requests))
         for pair, answer in zip(pairs, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
@@ -165,24 +169,44 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         return self._score(wanted, disable_tqdm)
 
     def _score(
-        self, requests: Iterable[ScoreRequest], disable_tqdm: bool
+        self,
+        requests: Iterable[ScoreRequest],
+        disable_tqdm: bool,
+        tasks: Sequence[str] | None = None,
     ) -> list[tuple[float, bool]]:
         wanted = list(requests)
         keys = self.log.score_keys(wanted)
-        answers = [None if (known := self.log.find(key)) is None else tuple(known) for key in keys]
-        open_ = [index for index, answer in enumerate(answers) if answer is None]
-        done = len(wanted) - len(open_)
-        with tqdm(
-            total=len(wanted), initial=done, disable=disable_tqdm, desc=f"{self.label}scoring"
-        ) as bar:
-            for position, score in self.loaded.model.score([wanted[index] for index in open_]):
-                index = open_[position]
-                answers[index] = answer = (score.logprob, score.is_greedy)
-                self.log.add(keys[index], answer)
-                bar.update()
+        tasks = tasks or [""] * len(wanted)
+        answers = self._answers("scoring", keys, wanted, tasks, disable_tqdm)
         if None in answers:
             raise RuntimeError(f"backend left {answers.count(None)} requests without a score")
-        return cast(list[tuple[float, bool]], answers)
+        return [(logprob, greedy) for logprob, greedy in answers]
+
+    def _answers(
+        self, doing: str, keys: Sequence[str], work: Work, tasks: Sequence[str], quiet: bool
+    ) -> list[Any]:
+        """The answer of every request, from the log or computed; None where there is none."""
+        answers = [self.log.find(key) for key in keys]
+        known = [index for index, answer in enumerate(answers) if answer is not None]
+        open_ = [index for index, answer in enumerate(answers) if answer is None]
+        missing = cast(Work, [work[index] for index in open_])
+        with Progress(f"{self.label}{doing}", tasks, known, disable=quiet) as progress:
+            for place, answer in self._computed([keys[index] for index in open_], missing):
+                answers[open_[place]] = answer
+                self.answered += 1
+                progress.answered(open_[place])
+        return answers
+
+    def _computed(self, keys: Sequence[str], work: Work) -> Iterator[tuple[int, Any]]:
+        def own(indices: Sequence[int]) -> Iterator[tuple[int, Any]]:
+            part = cast(Work, [work[index] for index in indices])
+            for place, answer in compute(self.loaded, part, together=self.batch_size):
+                self.log.add(keys[indices[place]], answer)
+                yield indices[place], answer
+
+        if self.team is None or not work:
+            return own(range(len(work)))
+        return self.team.answers(keys, work, own)
 
     def _request(
         self, context: tuple[int, ...], continuation: tuple[int, ...], text: object
@@ -236,21 +260,10 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         """
         asked = self._asked([request.args for request in requests])
         keys = self.log.text_keys((r.args for r in requests), [self.seed, self.max_gen_toks])
-        answers: list[str | None] = [self.log.find(key) for key in keys]
-        open_ = [index for index, answer in enumerate(answers) if answer is None]
-        done = len(requests) - len(open_)
-        with tqdm(
-            total=len(requests), initial=done, disable=disable_tqdm, desc=f"{self.label}generating"
-        ) as bar:
-            for place, text in continue_all(
-                self.loaded, [asked[index] for index in open_], together=self.batch_size
-            ):
-                index = open_[place]
-                answers[index] = text
-                self.log.add(keys[index], text)
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
-                bar.update()
-        return cast(list[str], answers)
+        texts = self._answers("generating", keys, asked, _tasks(requests), disable_tqdm)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
 
     def _asked(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[Asked]:
         ways: dict[str, Decoding] = {}
@@ -305,6 +318,10 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
             "model_backend": self.loaded.backend.name,
             "model_path": str(self.loaded.checkpoint.path),
         }
+
+
+def _tasks(requests: Sequence[Instance]) -> list[str]:
+    return [request.task_name or "" for request in requests]
 
 
 def _batch_size(value: int | str, limit: int | None, loaded: LoadedModel) -> int:

@@ -2,7 +2,8 @@
 
 ``requests.jsonl`` holds one line per answered request: ``{"key": ..., "answer": ...}``. The key is
 a hash of the model's digest and of what was asked, so an answer is found again whatever the order
-of the requests, and never serves another model or prompt.
+of the requests, and never serves another model or prompt. Of several processes, each writes a file
+of its own (``requests-1.jsonl``, ...).
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ FILE = "requests.jsonl"
 class RequestLog:
     """Answers by key; on disk too if a path is given.
 
-    A last line without an end, left by a process that was killed, is cut off. Use as a context
-    manager to close the file.
+    A last line without an end, left by a process that was killed, is cut off. Answers that other
+    processes of an earlier run have logged beside ``path`` are known too. Use as a context manager
+    to close the file.
 
     Args:
         path: the file, made if absent; None keeps nothing.
@@ -47,7 +49,10 @@ class RequestLog:
         self.computed = 0
         if path is not None:
             self._file = _open_alone(path)
-            self._answers = _read(self._file, path)
+            for other in path.parent.glob(worker_log(path.parent, "*").name):
+                if other != path:
+                    self._answers.update(read_new(other, 0)[0])
+            self._answers.update(_read(self._file, path))
 
     def __enter__(self) -> Self:
         return self
@@ -114,6 +119,26 @@ class RequestLog:
         return keys
 
 
+def worker_log(directory: Path, rank: int | str) -> Path:
+    """The file of process ``rank``, from 1."""
+    return directory / f"{Path(FILE).stem}-{rank}.jsonl"
+
+
+def read_new(path: Path, start: int) -> tuple[list[tuple[str, Any]], int]:
+    """(key, answer) of the whole lines from byte ``start`` on, and where the next one begins.
+
+    Raises:
+        DataError: a line of the file is damaged.
+    """
+    if not path.exists():
+        return [], start
+    with path.open("rb") as file:
+        file.seek(start)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    return list(_entries(whole, path)), start + len(whole)
+
+
 def _open_alone(path: Path) -> IO[bytes]:
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a+b")
@@ -132,11 +157,13 @@ def _read(file: IO[bytes], path: Path) -> dict[str, Any]:
     if whole < len(content):
         file.truncate(whole)
     file.seek(0, os.SEEK_END)
-    answers = {}
-    for number, line in enumerate(content[:whole].splitlines(), 1):
+    return dict(_entries(content[:whole], path))
+
+
+def _entries(lines: bytes, path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(lines.splitlines(), 1):
         try:
             entry = json.loads(line)
-            answers[entry["key"]] = entry["answer"]
+            yield entry["key"], entry["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}, line {number} is damaged; remove that line") from error
-    return answers

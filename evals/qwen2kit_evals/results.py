@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 RUN_FILE = "run.json"
-UNFINISHED = frozenset({RUN_FILE, LOG_FILE})
+UNFINISHED = frozenset({RUN_FILE, LOG_FILE, "work"})
 """What a run writes at its beginning; without results.json it is not finished."""
 
 

@@ -25,6 +25,7 @@ from qwen2kit_evals.request_log import RequestLog
 from qwen2kit_evals.results import EvalResult, check_output, plain, sample_rows, write_results
 from qwen2kit_evals.suite_tasks import SuiteSelection
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
+from qwen2kit_evals.team import Team
 from qwen2kit_evals.templates import compiled_once
 
 
@@ -40,6 +41,7 @@ def evaluate(
     seed: int | None = None,
     log_samples: bool = True,
     output: Path | None = None,
+    team: Team | None = None,
 ) -> EvalResult:
     """Run ``tasks`` and, with ``output``, write results.json and samples_<task>.jsonl there.
 
@@ -58,6 +60,7 @@ def evaluate(
         seed: of shots and sampling; None takes lm-eval's defaults, for comparable scores.
         log_samples: keep every prompt and answer.
         output: a directory that does not exist yet, or holds an unfinished run.
+        team: other processes that answer a part of the requests.
 
     Raises:
         Qwen2KitError: an unknown task, absent data, a missing package, a bad value.
@@ -68,6 +71,7 @@ def evaluate(
     model = Qwen2KitLM(
         loaded, batch_size=batch_size or "auto", seed=DEFAULT_OTHER_SEED if seed is None else seed
     )
+    model.team = team
     about = model_provenance(loaded)
     started = time.perf_counter()
     path = None if output is None else output / LOG_FILE
@@ -95,7 +99,7 @@ def evaluate(
         "max_length": model.max_length,
         "truncated_requests": model.truncated,
         "code_execution": None if (code := active()) is None else code.document(),
-        "requests": {"answered": model.log.computed, "from_log": model.log.reused},
+        "requests": {"answered": model.answered, "from_log": model.log.reused},
         "seconds": round(time.perf_counter() - started, 3),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

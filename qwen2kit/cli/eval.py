@@ -16,10 +16,12 @@ from qwen2kit.cli.eval_judge import judge
 from qwen2kit.cli.eval_list import list_offers
 from qwen2kit.cli.eval_needle import needle, perplexity
 from qwen2kit.cli.eval_runs import diff, report
+from qwen2kit.cli.eval_team import answer_for, join, launch, one_voice, team_of
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
+    from qwen2kit.backend.loading import LoadedModel
     from qwen2kit_evals.job import Job
     from qwen2kit_evals.results import EvalResult
 
@@ -73,6 +75,9 @@ def evaluate(
     resume: Annotated[
         Path | None, typer.Option(help="Go on with the interrupted run in this directory.")
     ] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Processes of this machine (one per GPU).")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of shots and sampling; default lm-eval's own seeds.")
     ] = None,
@@ -114,11 +119,20 @@ def evaluate(
             chat_template=chat_template,
             seed=seed,
         )
+    if nproc is not None:
+        options = {
+            "--json": json_output,
+            "--allow-code-execution": allow_code_execution,
+            "--weak-sandbox": weak_sandbox,
+        }
+        flags = [flag for flag, given in options.items() if given]
+        raise typer.Exit(launch(job, directory, nproc, flags))
     from qwen2kit_evals.code_eval import code_execution
 
-    with code_execution(code_runner(allow_code_execution, weak_sandbox)):
+    with one_voice(), code_execution(code_runner(allow_code_execution, weak_sandbox)):
         result = _run(job, directory)
-    _report(job, result, json_output=json_output)
+    if result is not None:
+        _report(job, result, json_output=json_output)
 
 
 evaluation.command("diff")(diff)
@@ -139,28 +153,40 @@ def _resumed(directory: Path, model: str | None, tasks: str, suite: str | None) 
     return read_job(directory), directory
 
 
-def _run(job: Job, directory: Path) -> EvalResult:
+def _run(job: Job, directory: Path) -> EvalResult | None:
+    """Process 0's result; None on the others."""
     from qwen2kit.backend.loading import load_model
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit_evals.run import evaluate as run
 
-    plan = ExecutionPlan(device=job.device, dtype=job.dtype)
+    def load() -> LoadedModel:
+        plan = ExecutionPlan(device=job.device, dtype=job.dtype)
+        return load_model(job.model, backend=job.backend, plan=plan, adapter=job.adapter)
+
+    processes = join(job)
+    if processes.rank:
+        answer_for(processes, load, job)
+        processes.close()
+        return None
     job.check(directory)
     with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
         selection = job.select()
         for notice in selection.notices:
             console().print(f"note: {notice}", markup=False)
-        loaded = load_model(job.model, backend=job.backend, plan=plan, adapter=job.adapter)
+        loaded = load()
         job.begin(directory)
-        result = run(
-            loaded,
-            selection,
-            limit=job.limit,
-            batch_size=job.batch_size,
-            apply_chat_template=job.wraps_in_chat_template,
-            seed=job.seed,
-            output=directory,
-        )
+        with team_of(processes, directory) as team:
+            result = run(
+                loaded,
+                selection,
+                limit=job.limit,
+                batch_size=job.batch_size,
+                apply_chat_template=job.wraps_in_chat_template,
+                seed=job.seed,
+                output=directory,
+                team=team,
+            )
+    processes.close()
     for notice in result.notices[len(selection.notices) :]:
         console().print(f"note: {notice}", markup=False)
     return result
