@@ -22,12 +22,14 @@ class Kernels(Protocol):
     Attributes:
         lazy: whether results are computed in the background, so that building the next step
             while the current token is handed out gains time.
+        compiles: whether the code between attentions is worth compiling.
         pads: whether attention is prepared anew for every shape, so that shapes should repeat.
         stacks: whether matrices that read the same input are worth merging into one (fewer
             launches), at the price of another copy at load time.
     """
 
     lazy: bool
+    compiles: bool
     pads: bool
     stacks: bool
 
@@ -80,6 +82,7 @@ class NativeKernels:
     stacks = True
 
     def __init__(self, *, fuse: bool) -> None:
+        self.compiles = fuse
         self._swiglu = mx.compile(_swiglu, shapeless=True) if fuse else _swiglu
 
     def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:

@@ -6,7 +6,9 @@ C head size, F feed-forward width (gate and up stacked: 2F), V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -15,6 +17,12 @@ from qwen2kit_mlx.attention import Attend, Heads
 from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.linear import Matrix, Single
 from qwen2kit_mlx.rotary import Rotary
+
+FEW = 64
+"""Rows up to which the parts between attentions run compiled. That spares the host most of the
+work of a step, and takes a compilation for every number of rows that occurs."""
+
+Between = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +65,10 @@ class Decoder:
     ) -> None:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
         self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype)
+        self._between: list[Between] = [
+            partial(self._between_attention, index) for index in range(len(params.layers))
+        ]
+        self._compiled = [mx.compile(step) for step in self._between] if kernels.compiles else []
 
     def __call__(
         self, tokens_BT: mx.array, attend: Attend, trace: list[mx.array] | None = None
@@ -72,12 +84,11 @@ class Decoder:
         x_ND = self.params.embed.embed(tokens_BT.reshape(-1))
         if trace is not None:
             trace.append(x_ND)
-        for index, layer in enumerate(self.params.layers):
-            stacked = layer.qkv(self._norm(x_ND, layer.input_norm))
+        steps = self._compiled if self._compiled and x_ND.shape[0] <= FEW else self._between
+        stacked = self._stacked(0, x_ND)
+        for index, between in enumerate(steps):
             heads_BTGC = stacked.reshape(rows, count, -1, self.spec.head_dim)
-            x_ND = layer.o(attend(index, heads_BTGC), x_ND)
-            stacked_N2F = layer.gate_up(self._norm(x_ND, layer.post_norm))
-            x_ND = layer.down(self.kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
+            x_ND, stacked = between(x_ND, attend(index, heads_BTGC))
             if trace is not None:
                 trace.append(x_ND)
         return x_ND
@@ -89,6 +100,23 @@ class Decoder:
     def logits(self, x: mx.array) -> mx.array:
         """``[..., D]`` from `__call__` to logits ``[..., V]`` in the compute dtype."""
         return self.params.head(self.final_norm(x))
+
+    def _stacked(self, index: int, x_ND: mx.array) -> mx.array:
+        """Queries, keys and values ``[N, G * C]`` of a layer."""
+        layer = self.params.layers[index]
+        return layer.qkv(self._norm(x_ND, layer.input_norm))
+
+    def _between_attention(
+        self, index: int, x_ND: mx.array, attended: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """From a layer's attention to the next one's: the layer's output, and what the next
+        attention takes (after the last layer, the output again)."""
+        layer = self.params.layers[index]
+        x_ND = layer.o(attended, x_ND)
+        stacked_N2F = layer.gate_up(self._norm(x_ND, layer.post_norm))
+        x_ND = layer.down(self.kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
+        last = index + 1 == len(self.params.layers)
+        return x_ND, x_ND if last else self._stacked(index + 1, x_ND)
 
     def _norm(self, x: mx.array, weight: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, weight, self.spec.rms_norm_eps)

@@ -11,6 +11,8 @@ from qwen2kit.backend.slots import Feed, PersistentSlots  # noqa: E402
 from qwen2kit.engine.recompute import RecomputingSlots  # noqa: E402
 from qwen2kit.errors import BackendError, WeightError  # noqa: E402
 from qwen2kit.weights.tensor import from_numpy  # noqa: E402
+from qwen2kit_mlx.compiled import MLXModel  # noqa: E402
+from qwen2kit_mlx.kernels import CUDAKernels  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
 from tests.unit.mlx.setup_mlx import KERNELS, SPECS, model  # noqa: E402
 
@@ -88,6 +90,25 @@ def test_copies_are_independent() -> None:
     for feeds in ([Feed(0, 280, (9, 9, 9))], [Feed(2, 290, (4,))], [Feed(0, 283, (1,))]):
         np.testing.assert_allclose(
             slots.feed(feeds).rows([0]), plain.feed(feeds).rows([0]), rtol=0, atol=2e-4
+        )
+
+
+def test_compiled_steps_change_nothing() -> None:
+    """Every number of rows compiles anew; results are those of the uncompiled model."""
+    spec = small_spec(num_hidden_layers=2)
+    plain = model(spec, random_weights(spec))
+    fused = MLXModel(spec, mx.Device(mx.cpu), mx.float32, CUDAKernels(fuse=True), 256)
+    fused.load(random_weights(spec))
+    slots, expected = fused.slots(3, 100), plain.slots(3, 100)
+    for feeds in (
+        [Feed(0, 0, ids(80)), Feed(1, 0, ids(3))],  # too many rows to compile
+        [Feed(0, 80, ids(1))],
+        [Feed(0, 81, ids(1)), Feed(1, 3, ids(1))],
+        [Feed(0, 82, ids(2)), Feed(1, 4, ids(2)), Feed(2, 0, ids(1))],
+    ):
+        rows = range(len(feeds))
+        np.testing.assert_allclose(
+            slots.feed(feeds).rows(rows), expected.feed(feeds).rows(rows), rtol=0, atol=2e-4
         )
 
 
