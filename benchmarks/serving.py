@@ -106,7 +106,7 @@ async def client(
         body = {
             "model": "model", "prompt": text, "max_tokens": chance.randint(*new), "stream": True,
             "stream_options": {"include_usage": True}, "temperature": 1.0,
-            "seed": chance.randrange(1 << 30),
+            "seed": chance.randrange(1 << 30), "ignore_eos": True,
         }  # fmt: skip
         try:
             await _ask(server, body, results)

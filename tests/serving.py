@@ -19,6 +19,7 @@ from typing import Any
 from tests.run_cli import OFFLINE
 
 START_SECONDS = 120
+_MAIN = "\nfrom qwen2kit.cli.app import main; import sys; sys.argv[0] = 'qwen2kit'; main()"
 _URL = re.compile(r"http://\S+(?=/v1)")
 
 
@@ -29,9 +30,12 @@ class Server:
         model: a model directory.
         options: of the command.
         key: asked of clients.
+        prelude: Python run in the process before the command.
     """
 
-    def __init__(self, model: Path, *options: str, key: str | None = None) -> None:
+    def __init__(
+        self, model: Path, *options: str, key: str | None = None, prelude: str = ""
+    ) -> None:
         environment = {**os.environ, **OFFLINE}
         environment.pop("QWEN2KIT_API_KEY", None)
         if key is not None:
@@ -40,7 +44,7 @@ class Server:
         self.lines: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen2kit", "serve", str(model), "--port", "0", *options],
+            [sys.executable, "-c", prelude + _MAIN, "serve", str(model), "--port", "0", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

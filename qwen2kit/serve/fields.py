@@ -74,7 +74,8 @@ ResponseFormat = Annotated[
 class GenerationFields(Strict):
     """Sampling, limits and constraints.
 
-    Beyond OpenAI's: ``top_k``, ``repetition_penalty``, ``guided_regex`` and ``guided_json``.
+    Beyond OpenAI's: ``top_k``, ``repetition_penalty``, ``guided_regex``, ``guided_json``, and
+    ``ignore_eos``, which lets only the length end an answer (for load tests).
     """
 
     model: str = Field(min_length=1, max_length=512)
@@ -94,6 +95,7 @@ class GenerationFields(Strict):
     response_format: ResponseFormat | None = None
     guided_regex: str | None = Field(None, min_length=1, max_length=1 << 16)
     guided_json: dict[str, Any] | None = None
+    ignore_eos: bool | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -39,11 +39,12 @@ def sampling_of(
         ApiError: a value is out of range for this model.
     """
     defaults = loaded.sampling()
+    ends = () if request.ignore_eos else defaults.stop_token_ids
     seed = secrets.randbits(63) if request.seed is None else request.seed % _SEEDS
     try:
         return loaded.sampling(
             max_new_tokens=max_new_tokens,
-            stop_token_ids=tuple(dict.fromkeys((*defaults.stop_token_ids, *stop_ids))),
+            stop_token_ids=tuple(dict.fromkeys((*ends, *stop_ids))),
             temperature=request.temperature,
             top_p=request.top_p,
             top_k=request.top_k,

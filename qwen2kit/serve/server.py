@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import uvicorn
+from prometheus_client import disable_created_metrics
 
 from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import BackendError, ConfigError
@@ -27,6 +28,7 @@ from qwen2kit.serve.service import Service
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
 
+_KEEP_ALIVE = 60
 _LAST_WORDS = 2.0
 """Seconds for error messages to reach the clients after the grace period."""
 
@@ -93,6 +95,7 @@ def serve(serving: Serving, bound: socket.socket, ready: Callable[[], None]) -> 
 async def _serve(
     serving: Serving, bound: socket.socket, ready: Callable[[], None]
 ) -> BaseException | None:
+    disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     capacity = serving.engine.engine.capacity
     server: _Server | None = None
@@ -124,6 +127,7 @@ async def _serve(
         access_log=False,
         lifespan="off",
         server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
         timeout_graceful_shutdown=round(serving.limits.grace + _LAST_WORDS),
     )
     server = _Server(config, dispatcher, serving.limits.grace, ready)

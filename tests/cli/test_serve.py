@@ -368,7 +368,11 @@ def _stream(server: Server, tokens: int, into: list[str]) -> threading.Thread:
     def read() -> None:
         try:
             for chunk in client.completions.create(
-                model="tiny", prompt="a", max_tokens=tokens, temperature=1, stream=True
+                model="tiny",
+                prompt="a",
+                max_tokens=tokens,
+                stream=True,
+                extra_body={"ignore_eos": True},
             ):
                 into.append(chunk.choices[0].finish_reason or "")
         except openai.APIError as error:
@@ -400,6 +404,81 @@ def test_sigterm_times_out_what_runs_on(model_dir: Path) -> None:
         assert time.monotonic() - start < 5
         thread.join(10)
         assert "shutting down" in seen[-1]
+
+
+BREAKS = """
+from qwen2kit.engine.text import TextEngine
+whole = TextEngine.step
+def step(self):
+    if self.stats.generated_tokens > 50:
+        raise RuntimeError("the device is lost")
+    return whole(self)
+TextEngine.step = step
+"""
+
+
+def test_a_broken_engine_tells_its_clients_and_exits(model_dir: Path) -> None:
+    with Server(model_dir, prelude=BREAKS) as broken:
+        seen: list[str] = []
+        thread = _stream(broken, 900, seen)
+        waiting: list[tuple[int, Any]] = []
+        body = {"model": "tiny", "prompt": "a", "max_tokens": 900, "ignore_eos": True}
+        other = threading.Thread(
+            target=lambda: waiting.append(broken.post("/v1/completions", body))
+        )
+        other.start()
+        assert broken.process.wait(30) == 8
+        thread.join(10)
+        other.join(10)
+        assert "the engine failed" in seen[-1]
+        assert waiting[0][0] == 500
+        assert waiting[0][1]["error"]["code"] == "engine_failed"
+        broken.wait_for(lambda: "error: the engine failed" in broken.log)
+        assert "RuntimeError: the device is lost" in broken.log
+
+
+HANGS = """
+import time
+from qwen2kit.engine.text import TextEngine
+from qwen2kit.serve import dispatcher, limits
+TextEngine.step = lambda self: time.sleep(1000)
+dispatcher._LAST_STEP = 0.5
+limits.Limits.__init__.__kwdefaults__["stall"] = 0.2
+"""
+
+
+def test_a_step_that_never_ends_is_noticed_and_does_not_hold_the_server(model_dir: Path) -> None:
+    with Server(model_dir, "--grace", "0.1", prelude=HANGS) as stuck:
+        body = json.dumps({"model": "tiny", "prompt": "a"}).encode()
+        with socket.create_connection(("127.0.0.1", stuck.port)) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
+            )
+            stuck.wait_for(lambda: stuck.get("/health")[0] == 503)
+            assert json.loads(stuck.get("/health/live")[1]) == {"status": "stalled"}
+            assert stuck.leave(seconds=30) == 8
+            assert connection.recv(100).startswith(b"HTTP/1.1 503")
+        stuck.wait_for(lambda: "does not end" in stuck.log)
+
+
+@pytest.mark.slow
+def test_backends_serve_the_same(model_dir: Path) -> None:
+    if len(installed()) < 2:
+        pytest.skip("one backend only")
+    body = {
+        "model": "tiny", "prompt": "the cat", "max_tokens": 24, "n": 3, "temperature": 1,
+        "seed": 1, "logprobs": 2, "echo": True,
+    }  # fmt: skip
+    texts, logprobs = [], []
+    for name in installed():
+        with Server(model_dir, "--backend", name, "--dtype", "float32") as running:
+            choices = running.post("/v1/completions", body)[1]["choices"]
+            texts.append([choice["text"] for choice in choices])
+            logprobs.append(choices[0]["logprobs"]["token_logprobs"][1:])
+            assert running.leave() == 0
+    assert texts[0] == texts[1]
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
 
 
 def test_refusals_are_one_line(model_dir: Path, server: Server) -> None:

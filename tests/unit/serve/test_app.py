@@ -132,6 +132,14 @@ def test_echo_streams_the_prompt_first(loaded: LoadedModel) -> None:
     assert [chunk["choices"][0]["text"] for chunk in chunks[:2]] == ["the cat"] * 2
 
 
+def test_only_the_length_ends_an_answer_that_ignores_the_end(loaded: LoadedModel) -> None:
+    body = BODY | {"logit_bias": {str(loaded.tokenizer.im_end_id): 100}}
+    assert post(loaded, "completions", body)["usage"]["completion_tokens"] == 1
+    answer = post(loaded, "completions", body | {"ignore_eos": True})
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
 def test_a_stop_string_may_be_a_control_token(loaded: LoadedModel) -> None:
     token = loaded.tokenizer.im_start_id
     body = BODY | {"logit_bias": {str(token): 100}, "stop": ["<|im_start|>"], "max_tokens": 8}

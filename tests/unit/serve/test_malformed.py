@@ -44,6 +44,7 @@ WRONG_TYPES = {
     ),
     "guided_json": (1, [], {"type": "nothing"}), "guided_regex": ("(", "", "[", []),
     "best_of": (3,), "suffix": ("x",), "unknown": (1, None), "Temperature": (1,),
+    "ignore_eos": (1,),
     "top_logprobs": (-1, 21, "1", 2), "functions": ([],), "prompt_logprobs": (1,),
 }  # fmt: skip
 ONLY = {
