@@ -15,6 +15,8 @@ from qwen2kit.generate.sampling import Sampling
 from qwen2kit_evals.provenance import device_name
 
 _TOGETHER, _TOGETHER_ON_CPU = 256, 16
+# Nobody waits for the first token: prompts are read in pieces that keep a GPU busy.
+_PREFILL_TOKENS = 8192
 _KNOWN = {
     "until",
     "do_sample",
@@ -113,7 +115,12 @@ def continue_all(
     capacity = max(min(limit, len(a.prompt) + a.how.sampling.max_new_tokens) for a in asked)
     texts: dict[int, list[str]] = {}
     owners: dict[int, int] = {}
-    with TextEngine(loaded, slots=min(together, len(asked)), capacity=capacity) as engine:
+    with TextEngine(
+        loaded,
+        slots=min(together, len(asked)),
+        capacity=capacity,
+        prefill_tokens=_PREFILL_TOKENS,
+    ) as engine:
         for index in sorted(range(len(asked)), key=lambda index: asked[index].prompt):
             item = asked[index]
             key = engine.submit(

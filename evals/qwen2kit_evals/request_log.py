@@ -23,6 +23,7 @@ from qwen2kit.backend.protocol import ScoreRequest
 from qwen2kit.errors import ConfigError, DataError
 
 FILE = "requests.jsonl"
+_encode = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class RequestLog:
@@ -90,7 +91,7 @@ class RequestLog:
         if self._file is None:
             return
         self._answers[key] = answer
-        line = json.dumps({"key": key, "answer": answer}, ensure_ascii=False)
+        line = _encode({"key": key, "answer": answer})
         self._file.write(line.encode() + b"\n")
         self._file.flush()
 
