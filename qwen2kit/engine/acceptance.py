@@ -2,7 +2,8 @@
 
 If each guessed token is right with probability ``a``, a pass that checks ``k`` of them yields
 ``E(k) = (1 - a^(k+1)) / (1 - a)`` tokens and takes ``1 + k c`` times as long as one without
-(theorem 3.8). The best length maximises their quotient.
+(theorem 3.8); more exactly ``1 + s + k c``, as a pass over several tokens is another pass. The
+best length maximises the quotient.
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ class Acceptance:
     Args:
         cost: ``c``, time to guess and check one token, in plain decoding steps.
         longest: most tokens ever worth guessing.
+        surcharge: ``s``, what any guess costs, in the same unit.
     """
 
-    def __init__(self, cost: float, longest: int) -> None:
+    def __init__(self, cost: float, longest: int, surcharge: float = 0.15) -> None:
         self._cost = cost
+        self._surcharge = surcharge
         self._longest = longest
         self._right, self._tried = _PRIOR
         self._guess: tuple[int, ...] = ()
@@ -51,7 +54,7 @@ class Acceptance:
         for count in range(1, min(limit, self._longest) + 1):
             power *= self.rate
             expected += power
-            gain = expected / (1 + count * self._cost)
+            gain = expected / (1 + self._surcharge + count * self._cost)
             if gain > best_gain:
                 best, best_gain = count, gain
         if best == 0:
@@ -64,5 +67,5 @@ class Acceptance:
 
     def _drift(self) -> None:
         """Without guesses nothing is learnt; go back to the first opinion, slowly."""
-        self._right = 0.98 * self._right + 0.02 * _PRIOR[0]
-        self._tried = 0.98 * self._tried + 0.02 * _PRIOR[1]
+        self._right = 0.99 * self._right + 0.01 * _PRIOR[0]
+        self._tried = 0.99 * self._tried + 0.01 * _PRIOR[1]
