@@ -129,7 +129,7 @@ def record(options: argparse.Namespace) -> int:
     class Recorder(Qwen2KitLM):
         found = Requests()
 
-        def _score(self, requests: Iterable[ScoreRequest], disable_tqdm: bool) -> Any:
+        def _score(self, requests: Iterable[ScoreRequest], *args: Any, **kwargs: Any) -> Any:
             self.found = replace(self.found, scores=list(requests))
             return [(0.0, False)] * len(self.found.scores)
 

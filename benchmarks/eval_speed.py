@@ -6,10 +6,10 @@
 Both get the same token ids (or prompts) on the same device, one after the other in one process:
 ours answers everything, ``hf`` (lm-eval's HFLM over transformers with SDPA) an evenly spread share
 of the questions, at every batch size of ``--hf-batches``; its fastest counts, scaled to all. Times
-include moving data and, for prompts, tokenising; not loading, and not building prompts. On a machine
-that does other work too, compare the CPU seconds. Scores and texts of the share are compared.
-Requests come from ``eval_requests.py record``; answers go to ``--output`` for its ``score``. A MODEL
-directory without weights gets random ones.
+include moving data and, for prompts, tokenising; not loading, and not building prompts. On a busy
+machine compare the CPU seconds. Scores and texts of the share are compared. Requests come from
+``eval_requests.py record``; answers go to ``--output`` for its ``score``. A MODEL directory without
+weights gets random ones.
 """
 
 from __future__ import annotations
