@@ -55,6 +55,10 @@ def chat(
     yes_tools: Annotated[
         bool, typer.Option("--yes-tools", help="Run what it asks for without asking you.")
     ] = False,
+    prompt_cache: Annotated[
+        Path | None,
+        typer.Option(help="Keep what the model has read in this file, and begin with it."),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Show the text as it is, not as Markdown.")
     ] = False,
@@ -81,7 +85,7 @@ def chat(
             "--adapter needs the model it belongs to: qwen2kit chat MODEL --adapter DIR"
         )
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.cli.chat_open import Extras, open_session
+    from qwen2kit.cli.chat_open import Extras, cached, open_session
     from qwen2kit.cli.chat_turn import Manner
 
     session = open_session(
@@ -93,12 +97,13 @@ def chat(
         sampling=sampling,
     )
     manner = Manner(markdown=not plain, yes_tools=yes_tools)
-    if question is None:
-        from qwen2kit.cli.chat_loop import converse
+    with cached(session, prompt_cache):
+        if question is None:
+            from qwen2kit.cli.chat_loop import converse
 
-        converse(session, manner)
-    else:
-        _answer_once(session, question, manner, json_output)
+            converse(session, manner)
+        else:
+            _answer_once(session, question, manner, json_output)
 
 
 def _piped() -> str | None:
@@ -148,6 +153,7 @@ def _answer_once(session: ChatSession, question: str, manner: Manner, json_outpu
             ],
             "tokens": answer.tokens,
             "prompt_tokens": answer.prompt_tokens,
+            "cached_tokens": answer.cached_tokens,
             "drafted_tokens": answer.drafted,
             "accepted_tokens": answer.accepted,
             "context_limit": answer.context_limit,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -69,6 +70,22 @@ def open_session(
     if not session.is_chat:
         screen.print("This model has no chat template: it continues your text.")
     return session
+
+
+@contextmanager
+def cached(session: ChatSession, path: Path | None) -> Iterator[None]:
+    """Begin with what the model had read when ``path`` was written; write it again at the end.
+
+    Raises:
+        WeightError: the file is of another model, or none at all.
+        BackendError: the backend cannot export what it has read.
+    """
+    if path is not None and path.exists():
+        with console().status("loading the prompt cache"):
+            session.load_cache(path)
+    yield
+    if path is not None and session.last is not None:
+        session.save_cache(path)
 
 
 def _schema(extras: Extras) -> str | None:

@@ -68,16 +68,17 @@ def load_prompt(path: Path, engine: Engine, fingerprint: str) -> tuple[int, ...]
             form of cache.
         BackendError: the backend cannot restore slots, all are taken, or the prompt is too long.
     """
-    if not path.is_file():
-        raise WeightError(f"there is no saved prompt at {path}")
-    file = SafetensorsFile(path)
-    if file.metadata.get("format") != FORMAT or _TOKENS not in file.names():
-        raise WeightError(f"{path.name} is not a saved prompt of this version; read it again")
+    file = _opened(path)
     if file.metadata.get("model") != fingerprint:
         raise WeightError(f"{path.name} was made by another model; read the prompt again")
     tokens = tuple(int(token) for token in file.read(_TOKENS).raw().reshape(-1))
     engine.restore(tokens, _columns(file, len(tokens)))
     return tokens
+
+
+def saved_length(path: Path) -> int:
+    """Tokens of a saved prompt. Raises WeightError if it is none."""
+    return _opened(path).info(_TOKENS).shape[0]
 
 
 def model_fingerprint(checkpoint: Checkpoint) -> str:
@@ -92,6 +93,15 @@ def model_fingerprint(checkpoint: Checkpoint) -> str:
                 file.seek(size * index // _SAMPLES)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _opened(path: Path) -> SafetensorsFile:
+    if not path.is_file():
+        raise WeightError(f"there is no saved prompt at {path}")
+    file = SafetensorsFile(path)
+    if file.metadata.get("format") != FORMAT or _TOKENS not in file.names():
+        raise WeightError(f"{path.name} is not a saved prompt of this version; read it again")
+    return file
 
 
 def _weight_files(checkpoint: Checkpoint) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -133,6 +134,15 @@ class ChatSession:
     def reset(self) -> None:
         """Forget all turns; the system prompt stays."""
         self._turns.clear()
+
+    def save_cache(self, path: Path) -> int:
+        """Write what the model has read to a file; how many tokens. See `ChatEngine.save`."""
+        return self._engine.save(path)
+
+    def load_cache(self, path: Path) -> int:
+        """Take over what `save_cache` wrote: prompts that begin alike are not read again. How many
+        tokens; see `ChatEngine.load`."""
+        return self._engine.load(path)
 
     def close(self) -> None:
         """Give the cache's memory back."""

@@ -86,6 +86,20 @@ def test_guesses_leave_the_text_alone(model_dir: Path, tmp_path: Path) -> None:
     assert draft["drafted_tokens"] > 0
 
 
+def test_a_prompt_cache_is_kept(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "read.safetensors"
+    options = ("--prompt", "the cat sat on the mat", "--max-new-tokens", "4", "--greedy",
+               "--prompt-cache", path)  # fmt: skip
+    first, second = (run_json("chat", model_dir, *options) for _ in range(2))
+    assert first["text"] == second["text"]
+    assert first["cached_tokens"] == 0
+    assert second["cached_tokens"] == second["prompt_tokens"] - 1
+    write_tiny_checkpoint(tmp_path / "other", seed=4)
+    done = run_cli("chat", tmp_path / "other", *options)
+    assert done.returncode == 3
+    assert "another model" in done.stderr
+
+
 def test_answers_by_a_grammar(model_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("llguidance")
     schema = tmp_path / "schema.json"

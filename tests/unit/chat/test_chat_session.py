@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport
 from qwen2kit.engine.prompt_lookup import PromptLookup
-from qwen2kit.errors import ConfigError, TokenizerError
+from qwen2kit.errors import BackendError, ConfigError, TokenizerError
 from qwen2kit.generate import chat_engine
 from qwen2kit.generate.chat_session import ChatSession
 from qwen2kit.spec.model import ModelSpec
@@ -176,6 +176,34 @@ def test_room_grows_with_the_conversation(
     assert max(cached) > 100
 
 
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_what_was_read_moves_to_more_room_and_to_a_file(
+    model_dir: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch" if backend == "torch" else "mlx.core")
+    monkeypatch.setattr(chat_engine, "_FIRST_CAPACITY", 64)
+    loaded = load_model(model_dir, backend=backend, plan=ExecutionPlan(dtype="float32"))
+    session, texts = ChatSession(loaded, max_new_tokens=8), []
+    for _ in range(3):
+        texts.append("".join(session.send("go on")))  # type: ignore[arg-type]
+        assert session.last is not None
+        again = ChatSession(loaded, max_new_tokens=8)
+        again.load([*session.messages[:-2]] or [{"role": "system", "content": "x"}])
+        again.system = None
+        assert "".join(again.send("go on")) == texts[-1]  # type: ignore[arg-type]
+    assert session.last.cached_tokens > 100 - 64
+    path = tmp_path / "read.safetensors"
+    assert session.save_cache(path) >= session.last.context_tokens - 1
+    other = ChatSession(loaded, max_new_tokens=8)
+    assert other.load_cache(path) > 64
+    other.load(session.messages[:-2])
+    assert "".join(other.send("go on")) == texts[-1]  # type: ignore[arg-type]
+    assert other.last is not None
+    assert other.last.cached_tokens == other.last.prompt_tokens - 1
+    with pytest.raises(BackendError, match="nothing was read"):
+        ChatSession(loaded).save_cache(path)
+
+
 def test_load_goes_on_from_saved_messages(loaded: LoadedModel) -> None:
     _say(loaded, "ok")
     session = ChatSession(loaded, system="short")
@@ -274,8 +302,6 @@ def test_greedy_answer_equals_transformers(model_dir: Path, backend: str) -> Non
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch" if backend == "torch" else "mlx.core")
-    from qwen2kit.backend.loading import load_model
-
     loaded = load_model(model_dir, backend=backend, plan=ExecutionPlan(dtype="float32"))
     session = ChatSession(loaded, max_new_tokens=24)
     answer = "".join(session.send("what is the answer?"))
