@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.engine.text import TextEvent
@@ -99,6 +99,26 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
+
+
+class Answer(Protocol):
+    """A request on its way: `start` it, take `whole` or `stream`, and `release` it in any case."""
+
+    async def start(self) -> None:
+        """Queue the work. Raises ApiError if the request cannot be carried out."""
+        ...
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one document. Raises ApiError if it cannot be finished."""
+        ...
+
+    def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """The answer as chunks. Raises ApiError if it cannot be finished."""
+        ...
+
+    def release(self) -> None:
+        """Stop what still runs; idempotent."""
+        ...
 
 
 def new_id(prefix: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,6 +10,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp
 
+from qwen2kit.serve.answers import Answer
 from qwen2kit.serve.chat import ChatAnswer
 from qwen2kit.serve.chat_request import ChatRequest
 from qwen2kit.serve.completion_request import CompletionRequest
@@ -21,7 +21,6 @@ from qwen2kit.serve.exchange import EventStream, read, while_connected
 from qwen2kit.serve.middleware import Counted, KeyGuard, error_response
 from qwen2kit.serve.page import page_response
 from qwen2kit.serve.service import Service
-from qwen2kit.serve.ticket import Job
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,12 +38,13 @@ def make_app(service: Service, api_key: str | None = None) -> ASGIApp:
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         asked = await read(request, ChatRequest, service.limits.max_body)
-        return await _answer(service, request, ChatAnswer(service, asked), bool(asked.stream))
+        return await _respond(request, ChatAnswer(service, asked), streams=bool(asked.stream))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         asked = await read(request, CompletionRequest, service.limits.max_body)
-        return await _answer(service, request, CompletionAnswer(service, asked), bool(asked.stream))
+        answer = CompletionAnswer(service, asked)
+        return await _respond(request, answer, streams=bool(asked.stream))
 
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -104,23 +104,14 @@ def _model(service: Service) -> dict[str, Any]:
     }
 
 
-async def _answer(
-    service: Service, request: Request, answer: ChatAnswer | CompletionAnswer, streams: bool
-) -> Response:
-    job: Job | None = None
-
-    def release() -> None:
-        if job is not None:
-            service.dispatcher.cancel(job)
-
+async def _respond(request: Request, answer: Answer, *, streams: bool) -> Response:
     try:
-        job = await while_connected(request, answer.start())
+        await while_connected(request, answer.start())
         if streams:
-            documents: AsyncIterator[dict[str, Any]] = answer.stream(job)  # type: ignore[arg-type]
-            return EventStream(documents, release)
-        return JSONResponse(await while_connected(request, answer.whole(job)))  # type: ignore[arg-type]
+            return EventStream(answer.stream(), answer.release)
+        return JSONResponse(await while_connected(request, answer.whole()))
     except BaseException:
-        release()
+        answer.release()
         raise
 
 

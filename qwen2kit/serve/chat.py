@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from qwen2kit.serve.token_text import chat_logprobs
 
 
 class ChatAnswer:
-    """One request on its way: `start` it, then take `whole` or `stream`.
+    """`Answer` to a chat request.
 
     Args:
         service: the model.
@@ -29,23 +30,22 @@ class ChatAnswer:
         self._service = service
         self._request = request
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": service.name}
+        self._job: Job | None = None
         self._choices: list[Choice] = []
         self._usage = Usage(0)
         self._made_calls = [0] * (request.n or 1)
 
-    async def start(self) -> Job:
-        """Queue the work. Raises ApiError if the request cannot be carried out."""
+    async def start(self) -> None:
         self._service.check_model(self._request.model)
         self._service.dispatcher.check_room(self._request.n or 1)
         works = await asyncio.to_thread(self._works)
         self._usage = Usage(len(works[0].prompt))
         self._choices = [Choice(index, self._parser()) for index in range(len(works))]
-        return await self._service.dispatcher.submit(works)
+        self._job = await self._service.dispatcher.submit(works)
 
-    async def whole(self, job: Job) -> dict[str, Any]:
-        """The answer as one document."""
-        async for piece in pieces(job, self._choices):
-            self._usage.completion_tokens += len(piece.tokens)
+    async def whole(self) -> dict[str, Any]:
+        async for _ in self._pieces():
+            pass
         return {
             **self._head,
             "object": "chat.completion",
@@ -53,16 +53,24 @@ class ChatAnswer:
             "usage": self._usage.document(),
         }
 
-    async def stream(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        """The answer as chunks."""
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
         for choice in self._choices:
             yield self._chunk(choice.index, {"role": "assistant", "content": ""})
-        async for piece in pieces(job, self._choices):
-            self._usage.completion_tokens += len(piece.tokens)
+        async for piece in self._pieces():
             for chunk in self._chunks(piece):
                 yield chunk
         if self._request.wants_usage:
             yield self._document([], self._usage.document())
+
+    def release(self) -> None:
+        if self._job is not None:
+            self._service.dispatcher.cancel(self._job)
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        assert self._job is not None
+        async for piece in pieces(self._job, self._choices):
+            self._usage.completion_tokens += len(piece.tokens)
+            yield piece
 
     def _works(self) -> list[Work]:
         request = self._request
@@ -140,8 +148,6 @@ class ChatAnswer:
 
 
 def _call(call: ToolCall) -> dict[str, Any]:
-    import json
-
     function = {
         "name": call.name,
         "arguments": json.dumps(call.arguments, ensure_ascii=False),

@@ -7,7 +7,8 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-from qwen2kit.serve.answers import Choice, Usage, new_id, pieces
+from qwen2kit.engine.text import TextEvent
+from qwen2kit.serve.answers import Choice, Piece, Usage, new_id, pieces
 from qwen2kit.serve.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
 from qwen2kit.serve.errors import invalid
 from qwen2kit.serve.prompts import completion_prompts
@@ -18,7 +19,7 @@ from qwen2kit.serve.token_text import CompletionLogprobs, ScoredToken
 
 
 class CompletionAnswer:
-    """One request on its way: `start` it, then take `whole` or `stream`.
+    """`Answer` to a completion request; without a job where nothing is to be generated.
 
     Args:
         service: the model.
@@ -37,56 +38,55 @@ class CompletionAnswer:
         }
         self._prompts: list[tuple[int, ...]] = []
         self._usage = Usage(0)
+        self._job: Job | None = None
 
-    async def start(self) -> Job | None:
-        """Queue the work; None if nothing is to be generated.
-
-        Raises:
-            ApiError: the request cannot be carried out.
-        """
+    async def start(self) -> None:
         request = self._request
         self._service.check_model(request.model)
         self._service.dispatcher.check_room(len(request.prompts) * request.choices_per_prompt)
         works = await asyncio.to_thread(self._works)
         self._usage = Usage(sum(map(len, self._prompts)))
-        return await self._service.dispatcher.submit(works) if works else None
+        if works:
+            self._job = await self._service.dispatcher.submit(works)
 
-    async def whole(self, job: Job | None) -> dict[str, Any]:
-        """The answer as one document."""
+    async def whole(self) -> dict[str, Any]:
         choices = self._choices()
         scores = await self._scores()
-        if job is None:
-            for choice in choices:
-                choice.finish_reason = "length"
-        else:
-            async for piece in pieces(job, choices):
-                self._usage.completion_tokens += len(piece.tokens)
+        async for _ in self._pieces(choices):
+            pass
         return {
             **self._head,
             "choices": [self._choice(choice, scores) for choice in choices],
             "usage": self._usage.document(),
         }
 
-    async def stream(self, job: Job | None) -> AsyncIterator[dict[str, Any]]:
-        """The answer as chunks."""
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
         choices = self._choices()
         offsets = [CompletionLogprobs(self._tokenizer) for _ in choices]
         for choice in choices if self._request.echo else ():
             yield self._chunk(choice.index, self._prompt_text(choice))
-        if job is None:
-            for choice in choices:
-                yield self._chunk(choice.index, "", reason="length")
-        else:
-            async for piece in pieces(job, choices):
-                self._usage.completion_tokens += len(piece.tokens)
-                logprobs = None
-                if self._request.logprobs is not None:
-                    tokens = [ScoredToken.of(event) for event in piece.tokens]
-                    logprobs = offsets[piece.index].render(tokens)
-                if piece.text or logprobs or piece.finish_reason:
-                    yield self._chunk(piece.index, piece.text, logprobs, piece.finish_reason)
+        async for piece in self._pieces(choices):
+            logprobs = None
+            if self._request.logprobs is not None:
+                tokens = [ScoredToken.of(event) for event in piece.tokens]
+                logprobs = offsets[piece.index].render(tokens)
+            if piece.text or logprobs or piece.finish_reason:
+                yield self._chunk(piece.index, piece.text, logprobs, piece.finish_reason)
         if self._request.wants_usage:
             yield {**self._head, "choices": [], "usage": self._usage.document()}
+
+    def release(self) -> None:
+        if self._job is not None:
+            self._service.dispatcher.cancel(self._job)
+
+    async def _pieces(self, choices: list[Choice]) -> AsyncIterator[Piece]:
+        if self._job is None:
+            for choice in choices:
+                yield choice.take(TextEvent(choice.index, "", (), "length"))
+            return
+        async for piece in pieces(self._job, choices):
+            self._usage.completion_tokens += len(piece.tokens)
+            yield piece
 
     def _works(self) -> list[Work]:
         request = self._request

@@ -123,4 +123,4 @@ class Service:
         most = self.limits.max_tokens
         if most is not None and (wanted or 0) > most:
             raise invalid(f"max_tokens: at most {most} tokens per choice", param="max_tokens")
-        return min(room, *(limit for limit in (wanted, most) if limit is not None), room)
+        return min(limit for limit in (room, wanted, most) if limit is not None)
