@@ -96,6 +96,7 @@ def bench(
 
     Raises:
         ConfigError: a sequence is longer than the model takes.
+        BackendError: every section failed.
     """
     if work.longest() > subject.model.limit:
         raise ConfigError(
@@ -114,8 +115,10 @@ def bench(
         notice(label)
         try:
             sections[section].append(measure())
-        except BackendError as error:
-            failures.append(f"{label}: {error}")
+        except (BackendError, MemoryError, RuntimeError) as error:  # frameworks' memory errors
+            failures.append(f"{label}: {' '.join(str(error).split()) or type(error).__name__}")
+    if failures and not any(sections.values()):
+        raise BackendError(f"nothing could be measured; {failures[0]}")
     return {**_facts(subject, meter, roof), **sections, "failures": failures}
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
-from qwen2kit.cli import chat_turn
+from qwen2kit.cli import chat, chat_turn
 from qwen2kit.cli.chat_render import MarkdownScreen, PlainScreen, block_end, interruptible
 from qwen2kit.cli.chat_turn import Manner, decide, meter, stream_answer, summary
 from qwen2kit.generate.chat_answer import DECLINED, Answer, PendingCall
@@ -173,6 +175,34 @@ def test_without_a_terminal_nothing_runs_unless_allowed(
     decide(pending, Manner(yes_tools=True))
     assert pending.result == "3"
     assert "= 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("allowed", "result"), [(True, "3"), (False, DECLINED)])
+def test_scripts_get_calls_and_results(
+    capsys: pytest.CaptureFixture[str], allowed: bool, result: str
+) -> None:
+    class Session:
+        loaded = SimpleNamespace(
+            checkpoint=SimpleNamespace(path="m", adapter=None), backend=SimpleNamespace(name="b")
+        )
+        last: Answer | None = None
+
+        def typed_controls(self, text: str) -> list[str]:
+            return []
+
+        def send(self, text: str) -> Any:
+            pending = _pending()
+            yield "It is "
+            yield pending
+            yield pending.result
+            said = "It is " + pending.result
+            self.last = _answer(text=said, calls=((pending.call, pending.result),))
+
+    chat._answer_once(Session(), "1 + 2?", Manner(yes_tools=allowed), True)  # type: ignore[arg-type]
+    document = json.loads(capsys.readouterr().out)
+    assert document["text"] == f"It is {result}"
+    call = {"name": "add", "arguments": {"a": 1, "b": 2}, "result": result}
+    assert document["tool_calls"] == [call]
 
 
 class _Session:

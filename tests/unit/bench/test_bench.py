@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen2kit.backend.plan import ExecutionPlan
+from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.registry import get, installed
+from qwen2kit.backend.slots import Slots
 from qwen2kit.bench import measure
 from qwen2kit.bench.measure import measure_decode, measure_prefill, measure_throughput
 from qwen2kit.bench.prompts import random_prompts
 from qwen2kit.bench.random_weights import RandomSource
 from qwen2kit.bench.roof import Roof, decode_flops, decode_weight_bytes, prefill_flops
-from qwen2kit.errors import WeightError
+from qwen2kit.bench.run import Subject, Workload, bench
+from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.presets import preset
 from qwen2kit.spec.schema import schema
@@ -113,6 +117,43 @@ def test_measurements_by_a_clock_that_ticks(monkeypatch: pytest.MonkeyPatch, nam
     assert many.tokens_per_second == 18 / many.seconds
     assert many.first_token[0] <= many.first_token[2] <= many.seconds
     assert many.between_tokens == (1.0, 1.0, 1.0)
+
+
+class _NoRoom:
+    """A model whose memory is too short for many streams."""
+
+    limit = 512
+
+    def __init__(self, model: CompiledModel, most: int) -> None:
+        self.spec, self._model, self._most = model.spec, model, most
+
+    def slots(self, count: int, capacity: int) -> Slots:
+        if count > self._most:
+            raise RuntimeError("out of\nmemory")
+        return self._model.slots(count, capacity)
+
+
+def test_a_section_that_fails_is_left_out() -> None:
+    if not installed():
+        pytest.skip("no backend installed")
+    backend, spec = get(installed()[0]), preset("tiny")
+    plan, source = ExecutionPlan(dtype="float32"), RandomSource(spec, "float32")
+    model = backend.compile(spec, plan)
+    report = model.load(source)
+
+    def measured(most: int) -> dict[str, Any]:
+        subject = Subject(
+            name="tiny", backend=backend, model=_NoRoom(model, most), plan=plan, report=report,  # type: ignore[arg-type]
+            weights=source, prompts=random_prompts(spec.vocab_size),
+        )  # fmt: skip
+        work = Workload(prefill=(8,), contexts=(8,), streams=(1, 4), prompt=8, new=4, repeats=1)
+        return bench(subject, work, notice=lambda label: None)
+
+    document = measured(1)
+    assert document["failures"] == ["4 streams: out of memory"]
+    assert [entry["streams"] for entry in document["throughput"]] == [1]
+    with pytest.raises(BackendError, match="nothing could be measured; prefill of 8 tokens: out"):
+        measured(0)
 
 
 def test_prompts_differ() -> None:
