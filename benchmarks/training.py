@@ -9,7 +9,8 @@ tries again with half the rows per micro-batch. Each runs in a process of its ow
 are appended to the JSON file as they come.
 
     ours                        as users get it
-    ours-rotation, ours-swiglu  without that fused operator (joined by +: without both)
+    ours-rotation, ours-swiglu, ours-norm
+                                without that fused operator (joined by +: without those)
     transformers                SDPA, nothing compiled
     transformers-regional       every decoder layer compiled by itself
     transformers-regional-liger the same, with liger-kernel's linear cross-entropy (no whole logits)
@@ -87,8 +88,10 @@ def leave_out(operators: str) -> None:
     plain = {
         "rotation": ("rotated_heads", training_kernels.plain_heads),
         "swiglu": ("swiglu", training_kernels.plain_swiglu),
+        "norm": ("normed", training_kernels.plain_normed),
+        "addnorm": ("added_and_normed", training_kernels.plain_added_and_normed),
     }
-    for operator in filter(None, operators.split("+")):
+    for operator in filter(None, operators.replace("norm", "norm+addnorm").split("+")):
         setattr(network, *plain[operator])
 
 
@@ -213,7 +216,7 @@ def measure(step: Callable[[], None], arguments: argparse.Namespace) -> dict[str
     return found
 
 
-def breakdown(step: Callable[[], None], most: int = 24) -> dict[str, float]:
+def breakdown(step: Callable[[], None], most: int = 45) -> dict[str, float]:
     """Milliseconds of one step by kernel, the longest first, and those without any."""
     import torch
     from torch.autograd import DeviceType

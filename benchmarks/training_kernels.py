@@ -3,8 +3,9 @@
     python benchmarks/training_kernels.py --preset qwen2-0.5b --rows 8 --json out.json
 
 Each of our kernels beside the same mathematics by torch.compile, at the shapes of one micro-batch
-of one layer, bfloat16; the loss kernel in several launches, on 8,192 positions. Bytes are those
-that must pass at least: what is read and written once.
+of one layer, bfloat16; norms and the loss kernel (on 8,192 positions) in several launches. Times
+are those of the kernels on the device alone. Bytes are those that must pass at least: what is read
+and written once.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
+REPEATS = 10
 Piece = tuple[str, Callable[[], Any], int]
 
 
@@ -76,6 +79,54 @@ def plain_swiglu(joint: Any) -> Any:
     return torch.nn.functional.silu(gate) * up
 
 
+def norm(arguments: argparse.Namespace) -> Iterator[Piece]:
+    """A residual sum and its norm, forward and backward."""
+    import torch
+
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.fused import norm_kernel
+
+    shape = (arguments.rows, arguments.seq_len, preset(arguments.preset).hidden_size)
+    x, update, past, slope = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(4)
+    )
+    weight = torch.ones(shape[-1], device="cuda", requires_grad=True)
+    compiled = torch.compile(plain_added_and_normed)
+    total, out = compiled(x, update, weight, 1e-6)
+
+    def backward() -> None:
+        wanted = (x, update, weight)
+        torch.autograd.grad((total, out), wanted, (past, slope), retain_graph=True)
+
+    size = 4 * x.nbytes
+    yield "norm compiled forward", lambda: compiled(x.detach(), update.detach(), weight, 1e-6), size
+    yield "norm compiled backward", backward, size
+    scale = torch.rand(shape[:-1], device="cuda")
+    fixed = [tensor.detach() for tensor in (slope, past, x, weight)]
+    for tile, programs in product((2048, 4096, 8192), (4, 8, 16)):
+        norm_kernel._TILE, norm_kernel._PROGRAMS = tile, programs
+        name = f"norm ours tile={tile}"
+        if programs == 8:
+            forward = partial(norm_kernel.add_norm, fixed[2], fixed[1], fixed[3], 1e-6)
+            yield f"{name} forward", forward, size
+        gradient = partial(norm_kernel.gradient, *fixed, scale)
+        yield f"{name} programs={programs} backward", gradient, size
+
+
+def plain_normed(x: Any, weight: Any, eps: float) -> Any:
+    """What `normed` computes, in plain PyTorch."""
+    import torch
+
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return x, (weight * unit.to(x.dtype)).to(x.dtype)
+
+
+def plain_added_and_normed(x: Any, update: Any, weight: Any, eps: float) -> Any:
+    """What `added_and_normed` computes, in plain PyTorch."""
+    return plain_normed(x + update, weight, eps)
+
+
 def both_ways(name: str, function: Any, x: Any, forward_bytes: int) -> Iterator[Piece]:
     """The forward pass, and the backward pass of its result kept."""
     import torch
@@ -110,8 +161,8 @@ def loss(arguments: argparse.Namespace) -> Iterator[Piece]:
     labels = torch.randint(0, vocab, (rows,), device="cuda")
     launches = {DEFAULT} | {
         Launch(lanes=lanes, strips=strips, warps=warps, rows_in_flight=flight)
-        for (lanes, warps), strips, flight in product(
-            ((2048, 8), (4096, 16), (8192, 32)), (1, 4), (0, 1, 2)
+        for (lanes, strips, warps), flight in product(
+            ((8192, 4, 32), (16384, 2, 32), (8192, 4, 16), (8192, 8, 16), (4096, 8, 16)), (1, 2)
         )
     }
     for launch in sorted(launches, key=repr):
@@ -123,14 +174,22 @@ def loss(arguments: argparse.Namespace) -> Iterator[Piece]:
 
 
 def measure(run: Callable[[], Any]) -> float:
-    """Median milliseconds on the device, with a cold L2 cache."""
-    from triton.testing import do_bench
+    """Milliseconds that the kernels of one run take on the device, whatever the host does."""
+    import torch
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
 
-    found: float = do_bench(run, warmup=20, rep=60, return_mode="median")
-    return found
+    for _ in range(3):
+        run()
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        for _ in range(REPEATS):
+            run()
+        torch.cuda.synchronize()
+    kernels = [event for event in trace.events() if event.device_type == DeviceType.CUDA]
+    return sum(event.time_range.elapsed_us() for event in kernels) / REPEATS / 1e3
 
 
-SECTIONS = {"rotation": rotation, "swiglu": swiglu, "loss": loss}
+SECTIONS = {"rotation": rotation, "swiglu": swiglu, "norm": norm, "loss": loss}
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.attention import Attend, visibilities
+from qwen2kit_torch.fused.norm import added_and_normed, normed
 from qwen2kit_torch.fused.rotation import rotated_heads
 from qwen2kit_torch.fused.swiglu import swiglu
 from qwen2kit_torch.kv_cache import Cache
@@ -118,12 +119,17 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP, each with a residual connection."""
+    """Pre-norm attention and MLP, each with a residual connection.
+
+    Attributes:
+        fused: compute norms in one pass with the residual sums and gradients next to them.
+    """
 
     def __init__(
         self, spec: ModelSpec, layer: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
+        self.fused = False
         self.self_attn = Attention(spec, layer, device, dtype)
         self.mlp = MLP(spec, device, dtype)
         self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps, device, dtype)
@@ -137,8 +143,15 @@ class DecoderLayer(nn.Module):
         cache: Cache | None,
     ) -> Tensor:
         """``[B, T, D] -> [B, T, D]``."""
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, visible, cache)
-        out: Tensor = x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+        before, after = self.input_layernorm, self.post_attention_layernorm
+        if self.fused:
+            x_BTD, inner = normed(x_BTD, before.weight, before.eps)
+            update = self.self_attn(inner, rope, visible, cache)
+            x_BTD, inner = added_and_normed(x_BTD, update, after.weight, after.eps)
+        else:
+            x_BTD = x_BTD + self.self_attn(before(x_BTD), rope, visible, cache)
+            inner = after(x_BTD)
+        out: Tensor = x_BTD + self.mlp(inner)
         return out
 
 

@@ -71,6 +71,8 @@ def test_packed_and_tied(name: str, tmp_path: Path) -> None:
         ("fsdp2-tp2", Case(tied=True, packed=True, plan={"recompute": "full"})),
         ("fsdp2-pp2", Case(packed=True, plan={"recompute": "selective"})),
         ("tp2", Case(tied=True, packed=True, plan={"compile": True})),
+        # Joint products, fused norms and operators, computed again under FSDP.
+        ("fsdp2", Case(packed=True, plan={"compile": True, "recompute": "selective"})),
     ],
 )
 def test_other_models_and_plans(name: str, case: Case, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import EMBED_TOKENS
 from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.lora import add_lora
-from qwen2kit_torch.model import MLP, Attention, Qwen2
+from qwen2kit_torch.model import MLP, Attention, DecoderLayer, Qwen2
 from qwen2kit_torch.parallel.compilation import compile_layer
 from qwen2kit_torch.parallel.float8 import use_float8
 from qwen2kit_torch.parallel.fsdp import shard
@@ -115,6 +115,8 @@ def _fuse(network: Qwen2) -> None:
             module.fused = type(module.q_proj) is Linear
         elif isinstance(module, MLP):
             module.fused = type(module.gate_proj) is Linear
+        elif isinstance(module, DecoderLayer):
+            module.fused = all(p.requires_grad for p in module.parameters())
 
 
 def _check(plan: TrainPlan) -> None:

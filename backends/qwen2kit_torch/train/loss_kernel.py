@@ -27,9 +27,9 @@ class Launch:
         rows_in_flight: programs per multiprocessor; 0 starts one for every row.
     """
 
-    lanes: int = 4096
+    lanes: int = 8192
     strips: int = 4
-    warps: int = 16
+    warps: int = 32
     rows_in_flight: int = 1
 
 
