@@ -151,12 +151,12 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         return answers
 
     def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Iterator[ScoreRequest]:
-        kept = [context.rstrip() for context, _ in pairs]
-        distinct = list(dict.fromkeys(kept))
-        encoded = dict(zip(distinct, map(tuple, self._lines.encode(distinct)), strict=True))
-        wholes = self._lines.encode([context + continuation for context, continuation in pairs])
-        for (_, continuation), context, whole in zip(pairs, kept, wholes, strict=True):
-            ids, rest = encoded[context], tuple(whole[len(encoded[context]) :])
+        moved = []
+        for context, continuation in pairs:
+            kept = context.rstrip()
+            moved.append((kept, context[len(kept) :] + continuation))
+        encoded = self._lines.encode_pairs(moved)
+        for (_, continuation), (ids, rest) in zip(pairs, encoded, strict=True):
             if not ids:
                 given = rest[:1] == (self.prefix_token_id,)
                 ids, rest = (rest[:1], rest[1:]) if given else ((self.prefix_token_id,), rest)

@@ -36,6 +36,22 @@ class LineEncoder:
         self._known.update(zip(unknown, found, strict=True))
         return [self._joined(parts) for parts in pieces]
 
+    def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Ids of each context, and what has to follow that many ids to make ids of the whole text
+        ``context + continuation``. Equal contexts give the same tuple."""
+        contexts = list(dict.fromkeys(context for context, _ in pairs))
+        ids = dict(zip(contexts, map(tuple, self.encode(contexts)), strict=True))
+        # What stands before the last piece of a context does not depend on what is appended.
+        last = {context: self._pieces(context)[-1] for context in contexts}
+        tails = self.encode([last[context] + continuation for context, continuation in pairs])
+        known = {piece: len(self._known[piece]) for piece in last.values()}
+        return [
+            (ids[context], tuple(tail[known[last[context]] :]))
+            for (context, _), tail in zip(pairs, tails, strict=True)
+        ]
+
     def _pieces(self, text: str) -> list[str]:
         return _LINE.split(text) if self._tokenizer.begins_anew_at_lines else [text]
 

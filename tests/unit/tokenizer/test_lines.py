@@ -23,6 +23,23 @@ def test_pieces_add_up(small: Tokenizer, several: list[str]) -> None:
     assert lines.encode([*several, "x"]) == small.encode_many([*several, "x"])
 
 
+@settings(max_examples=600, deadline=None)
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4))
+def test_pairs_are_whole_texts_cut_after_the_context(
+    small: Tokenizer, pairs: list[tuple[str, str]]
+) -> None:
+    found = LineEncoder(small).encode_pairs(pairs)
+    for (context, continuation), (ids, rest) in zip(pairs, found, strict=True):
+        assert list(ids) == small.encode(context)
+        assert list(rest) == small.encode(context + continuation)[len(ids) :]
+
+
+def test_choices_share_the_ids_of_their_context(small: Tokenizer) -> None:
+    pairs = [("Q one\nA", " two"), ("Q one\nA", " three"), ("Q\n", "A")]
+    first, second, _ = LineEncoder(small).encode_pairs(pairs)
+    assert first[0] is second[0]
+
+
 @settings(max_examples=400, deadline=None)
 @given(texts)
 def test_pieces_of_the_real_tokenizer_add_up(real: Tokenizer, text: str) -> None:
