@@ -4,9 +4,9 @@
 
 Weights are random; nothing is downloaded. For every preset: the largest difference between the
 captured step and the plain network (a model of two layers), each product kernel alone over several
-layers with a few tiles (microseconds, GB/s of weights), attention alone at several lengths, whole
-steps with the default and with the fastest tiles, and whole decoding through `Slots`. Sections that
-fail are reported and do not stop the others.
+layers with a few tiles (microseconds, GB/s of weights), attention alone at several lengths, passes
+over prompts, whole steps, and whole decoding through `Slots`. Sections that fail are reported and
+do not stop the others.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
 PRODUCTS = ("heads", "out", "gate_up", "down", "head")
+PROMPT_TILES = (
+    (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 2), (64, 64, 4, 3),
+    (128, 64, 4, 2),
+)  # fmt: skip
 RESULTS: dict[str, Any] = {}
 
 
@@ -213,17 +217,17 @@ def launch(step: Any, product: str, index: int) -> None:
     """One product of layer ``index``."""
     layer = step._weights.layers[index]
     if product == "heads":
-        step._project_heads(index, layer)
+        step.project_heads(index)
     elif product == "out":
-        step._add_product(step._mixed, layer.out, step._tiles.out)
+        step.add_out(layer)
     elif product == "gate_up":
-        step._gate_up_product(layer)
+        step.gate_up(layer)
     elif product == "attention":
-        step._attend(index, layer)
+        step.attend(index, step._queries, step._mixed)
     elif product == "down":
-        step._add_product(step._gated, layer.down, step._tiles.down)
+        step.add_down(layer)
     else:
-        step._single_head()
+        step.single_head()
 
 
 def launch_all(step: Any, product: str, count: int) -> None:
@@ -232,13 +236,17 @@ def launch_all(step: Any, product: str, count: int) -> None:
         launch(step, product, index)
 
 
-def with_tile(model: Any, joined: Any, product: str, tile: Any) -> Any:
-    """A step for one row whose ``product`` uses ``tile``."""
+def default_tiles(spec: Any) -> Any:
+    """The tiles that `Step` takes by itself."""
     from qwen2kit_torch.engine.tuning import tiles
 
-    spec = model.spec
-    default = tiles(spec.hidden_size, spec.head_dim, spec.num_attention_heads * spec.head_dim)
-    tiling = replace(default, **{product: tile})
+    width = spec.num_attention_heads * spec.head_dim
+    return tiles(spec.hidden_size, width, spec.intermediate_size)
+
+
+def with_tile(model: Any, joined: Any, product: str, tile: Any) -> Any:
+    """A step for one row whose ``product`` uses ``tile``."""
+    tiling = replace(default_tiles(model.spec), **{product: tile})
     return make_step(model, 1, 1024, early=True, tiling=tiling, joined=joined)
 
 
@@ -312,32 +320,146 @@ def tune(name: str) -> dict[str, Any]:
     return found
 
 
+def key_tiles() -> Iterator[tuple[int, int, int]]:
+    """Keys at once, warps and spread worth trying in attention."""
+    for keys, warps in ((32, 4), (64, 4), (64, 8), (128, 8)):
+        for spread in (1, 2, 4, 8):
+            yield keys, warps, spread
+
+
+def compile_attention(work: tuple[str, int, int, int]) -> None:
+    """As `compile_ahead`, for attention."""
+    name, keys, warps, spread = work
+    try:
+        model, joined = one_layer(name)
+        for rows in (1, 16):
+            tiling = replace(default_tiles(model.spec), keys=keys, key_warps=warps, spread=spread)
+            step = make_step(model, rows, 16392, early=True, tiling=tiling, joined=joined)
+            place(step, 1)
+            launch(step, "attention", 0)
+    except Exception:
+        print(f"{work}: {traceback.format_exc(limit=1)}", flush=True)
+
+
+def compile_prompt(work: tuple[str, int]) -> None:
+    """As `compile_ahead`, for attention over prompts."""
+    from qwen2kit_torch.engine.packed import Piece
+    from qwen2kit_torch.engine.prompts import PromptPass
+    from qwen2kit_torch.engine.tuning import PromptTile
+
+    name, number = work
+    try:
+        model, joined = one_layer(name)
+        storage = make_step(model, 1, 1024, early=False, joined=joined)._storage
+        rope = model.module.rotary.tables(1024, joined.norm.device, joined.norm.dtype)
+        tile = PromptTile(*PROMPT_TILES[number])
+        prompt_hidden(
+            PromptPass, model.spec, joined, storage, [Piece(0, 0, (1,) * 64, 1)], rope, tile
+        )
+    except Exception:
+        print(f"{work}: {traceback.format_exc(limit=1)}", flush=True)
+
+
+def compile_more(names: list[str], processes: int, wanted: list[str]) -> None:
+    """Fill Triton's cache with attention's kernels from several processes."""
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        if "attention" in wanted:
+            work = [(name, *tile) for name in names for tile in key_tiles()]
+            pool.map(compile_attention, work, chunksize=1)
+        if "prompts" in wanted:
+            pool.map(
+                compile_prompt,
+                [(name, number) for name in names for number in range(len(PROMPT_TILES))],
+                chunksize=1,
+            )
+
+
 def attention(name: str) -> dict[str, Any]:
-    """Microseconds of attention alone, by length, rows and keys at once."""
+    """Microseconds of attention alone: keys at once, warps, spread by rows and length."""
     import torch
 
     from qwen2kit_torch.engine.joined import join
-    from qwen2kit_torch.engine.tuning import tiles
 
-    model = build(name, layers=24 if name == "qwen2-0.5b" else 4)
-    spec, joined = model.spec, join(model.module)
-    default = tiles(spec.hidden_size, spec.head_dim, spec.num_attention_heads * spec.head_dim)
+    model = build(name, layers=24 if name == "qwen2-0.5b" else 6)
+    joined = join(model.module)
     found: dict[str, Any] = {}
-    for keys in (32, 64, 128):
-        for rows, lengths in ((1, (512, 4096, 16384)), (16, (512, 2048))):
-            tiling = replace(default, keys=keys)
-            step = make_step(
-                model, rows, max(lengths) + 8, early=True, tiling=tiling, joined=joined
-            )
+    for rows, lengths in ((1, (512, 4096, 16384)), (16, (512, 2048))):
+        for keys, warps, spread in key_tiles():
+            tiling = replace(default_tiles(model.spec), keys=keys, key_warps=warps, spread=spread)
+            step = make_step(model, rows, 16392, early=True, tiling=tiling, joined=joined)
             place(step, 0)
             run = captured(partial(launch_all, step, "attention", len(joined.layers)))
+            times = []
             for length in lengths:
                 place(step, length)
-                us = timed(run, 3) / len(joined.layers) * 1e6
-                found[f"keys {keys}, {rows} rows, {length}"] = round(us, 2)
+                times.append(round(timed(run, 3) / len(joined.layers) * 1e6, 2))
+            found[f"{rows} rows, {keys} keys, {warps} warps, spread {spread}"] = times
             del step, run
             torch.cuda.empty_cache()
     return found
+
+
+def prompts(name: str) -> dict[str, Any]:
+    """Milliseconds of whole passes over prompts, and microseconds of their attention alone."""
+    import torch
+
+    from qwen2kit_torch.engine.joined import join
+    from qwen2kit_torch.engine.packed import Piece
+    from qwen2kit_torch.engine.prompts import PromptPass
+    from qwen2kit_torch.engine.storage import Storage
+    from qwen2kit_torch.engine.tuning import PromptTile
+
+    model = build(name)
+    spec, joined = model.spec, join(model.module)
+    storage = Storage(
+        spec, count=8, capacity=10240, device=torch.device("cuda", 0), dtype=torch.bfloat16
+    )
+    for keys, values in storage.layers:
+        keys.normal_()
+        values.normal_()
+    rope = model.module.rotary.tables(10240, torch.device("cuda", 0), torch.bfloat16)
+    cases = {
+        "128": [Piece(0, 0, (1,) * 128, 1)],
+        "512": [Piece(0, 0, (1,) * 512, 1)],
+        "2048": [Piece(0, 0, (1,) * 2048, 1)],
+        "8 of 256": [Piece(slot, 0, (1,) * 256, 1) for slot in range(8)],
+        "2048 after 8192": [Piece(0, 8192, (1,) * 2048, 1)],
+    }
+    found: dict[str, Any] = {}
+    for label, pieces in cases.items():
+        run = partial(prompt_hidden, PromptPass, spec, joined, storage, pieces, rope)
+        run()
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            run()
+            issued = time.perf_counter() - start
+            torch.cuda.synchronize()
+            times.append((time.perf_counter() - start, issued))
+        found[label] = {"ms": round(min(times)[0] * 1e3, 2), "host": round(min(times)[1] * 1e3, 2)}
+    for tile in (PromptTile(*numbers) for numbers in PROMPT_TILES):
+        times = []
+        for pieces in (cases["2048"], cases["2048 after 8192"]):
+            try:
+                work = PromptPass(spec, joined, storage, pieces, rope, tile)
+                run = partial(work._attend, 0, work._queries, work._mixed)
+                times.append(round(timed(run, 5) * 1e6, 1))
+            except Exception as error:
+                times.append(str(error)[:60])
+        found[f"attention {tile}"] = times
+    found["kernels, 2048"] = profile(
+        partial(prompt_hidden, PromptPass, spec, joined, storage, cases["2048"], rope)
+    )
+    return found
+
+
+def prompt_hidden(kind: Any, *arguments: Any) -> Any:
+    """Run one prompt pass."""
+    import torch
+
+    with torch.inference_mode():
+        return kind(*arguments).hidden()
 
 
 def whole(name: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
@@ -346,28 +468,27 @@ def whole(name: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
 
     from qwen2kit.backend.slots import Feed
     from qwen2kit_torch.engine.joined import join
-    from qwen2kit_torch.engine.tuning import Tile, tiles
+    from qwen2kit_torch.engine.tuning import Tile
 
     model = build(name)
     spec, joined = model.spec, join(model.module)
     weights = sum(p.numel() for p in model.module.parameters()) * 2
     weights -= 0 if spec.tie_word_embeddings else joined.embedding.nbytes
     found: dict[str, Any] = {"weight_GB": weights / 1e9, "roof_us_at_3TB_s": weights / 3e6}
-    default = tiles(spec.hidden_size, spec.head_dim, spec.num_attention_heads * spec.head_dim)
+    default = default_tiles(spec)
     fastest = default
     if tuned:
         fastest = replace(default, **{key: Tile(*tuned[key][0][2]) for key in PRODUCTS})
-    for label, tiling, early in (
-        ("default", default, True),
-        ("fastest", fastest, True),
-        ("fastest, one after the other", fastest, False),
-    ):
+    cases = [("default", default, True), ("default, one after the other", default, False)]
+    if tuned:
+        cases.append(("fastest", fastest, True))
+    for label, tiling, early in cases:
         step = make_step(model, 1, 1024, early=early, tiling=tiling, joined=joined)
         place(step, 0)
         run = captured(step.run)
         place(step, 512)
         found[f"1 row, {label}"] = round(timed(run, 20) * 1e6, 1)
-        if label == "fastest":
+        if label == "default":
             found["kernels"] = profile(run)
         del step, run
     for rows in (2, 4, 8, 16, 32, 64):
@@ -423,7 +544,7 @@ def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--presets", default="qwen2-0.5b,qwen2-1.5b,qwen2-7b")
-    parser.add_argument("--sections", default="check,tune,attention,whole")
+    parser.add_argument("--sections", default="check,tune,attention,prompts,whole")
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -435,6 +556,8 @@ def main() -> None:
     section("copy", copy_bandwidth)
     if "tune" in wanted:
         section("compile", lambda: compile_all(names, arguments.processes))
+    if "attention" in wanted or "prompts" in wanted:
+        section("compile attention", partial(compile_more, names, arguments.processes, wanted))
     for name in names:
         tuned = None
         if "check" in wanted:
@@ -443,6 +566,8 @@ def main() -> None:
             tuned = section(f"{name} tune", partial(tune, name))
         if "attention" in wanted:
             section(f"{name} attention", partial(attention, name))
+        if "prompts" in wanted:
+            section(f"{name} prompts", partial(prompts, name))
         if "whole" in wanted:
             section(f"{name} whole", partial(whole, name, tuned))
         if arguments.json:

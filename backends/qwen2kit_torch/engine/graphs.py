@@ -1,4 +1,4 @@
-"""Slots on CUDA: few tokens go through a captured step, many through the network itself."""
+"""Slots on CUDA: few tokens go through a captured step, many through passes of their own."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits, refuse_non_finite
+from qwen2kit_torch.engine.packed import passes
+from qwen2kit_torch.engine.prompts import PromptPass
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
+from qwen2kit_torch.prefill import TOKENS_PER_PASS
 
-# More tokens than this are worth a pass without a graph.
+# Feeds of more tokens than this go through a pass of their own, unless all of them are few.
+_LONG = 8
+_FEW = 64
 _MOST_ROWS = 256
 # Steps under way while the caller looks at an earlier one.
 _AHEAD = 4
@@ -45,19 +50,42 @@ class GraphSlots(EagerSlots):
     @torch.inference_mode()
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
         """Append tokens to slots; see the protocol."""
-        total = sum(len(feed.tokens) for feed in feeds)
-        if not 0 < total <= _MOST_ROWS:
-            return super().feed(feeds)
+        long, short = _divided(feeds)
+        found: dict[int, Tensor] = {}
         with torch.cuda.device(self._device):
-            step = self._step(total)
-            step.set_rows(feeds)
-            step.replay()
-            wanted: list[int] = []
-            done = 0
-            for feed in feeds:
-                done += len(feed.tokens)
-                wanted += range(done - feed.wanted, done)
-            return DeviceLogits(step.logits(wanted))
+            parts = [self._long(feeds, long), self._short(feeds, short)]
+        for indices, part in zip((long, short), parts, strict=True):
+            sizes = [feeds[index].wanted for index in indices]
+            found |= dict(zip(indices, torch.split(part, sizes), strict=True))
+        if not (long and short):
+            return DeviceLogits(parts[0] if long else parts[1])
+        return DeviceLogits(torch.cat([found[index] for index in range(len(feeds))]))
+
+    def _long(self, feeds: Sequence[Feed], indices: Sequence[int]) -> Tensor:
+        """Logits ``[N, V]`` of feeds that go through passes of their own."""
+        spec, weights = self._model.spec, self._weights
+        hidden = [
+            PromptPass(spec, weights, self._storage, pieces, self._rope()).hidden()
+            for pieces in passes([feeds[index] for index in indices], TOKENS_PER_PASS)
+        ]
+        if not hidden:
+            return weights.head.new_empty(0, spec.vocab_size)
+        return torch.cat(hidden) @ weights.head.t()
+
+    def _short(self, feeds: Sequence[Feed], indices: Sequence[int]) -> Tensor:
+        """Logits ``[N, V]`` of feeds that go through one captured step."""
+        chosen = [feeds[index] for index in indices]
+        if not chosen:
+            return self._weights.head.new_empty(0, self._model.spec.vocab_size)
+        step = self._step(sum(len(feed.tokens) for feed in chosen))
+        step.set_rows(chosen)
+        step.replay()
+        wanted: list[int] = []
+        done = 0
+        for feed in chosen:
+            done += len(feed.tokens)
+            wanted += range(done - feed.wanted, done)
+        return step.logits(wanted)
 
     def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
         """Feed one token per slot and go on with the most likely ids; see the protocol."""
@@ -94,6 +122,21 @@ class GraphSlots(EagerSlots):
             step = self._steps[bucket] = CapturedStep(plain, bucket, self._pool)
             self._pool = step.graph.pool()
         return step
+
+    def _rope(self) -> tuple[Tensor, Tensor]:
+        dtype = self._weights.norm.dtype
+        return self._model.rotary.tables(self.capacity, self._device, dtype)
+
+
+def _divided(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:
+    """Which feeds go through passes of their own, and which through a captured step."""
+    everything = list(range(len(feeds)))
+    if sum(len(feed.tokens) for feed in feeds) <= _FEW:
+        return [], everything
+    short = [index for index in everything if len(feeds[index].tokens) <= _LONG]
+    if sum(len(feeds[index].tokens) for index in short) > _MOST_ROWS:
+        return everything, []
+    return [index for index in everything if len(feeds[index].tokens) > _LONG], short
 
 
 class CapturedStep:

@@ -1,12 +1,16 @@
 """How much of a matrix one program of a product kernel reads.
 
-Chosen by shape from measurements on an H100 (`benchmarks/torch_decode.py`): enough programs for all
-multiprocessors, and in each enough bytes on their way to keep the memory busy.
+Chosen by shape from measurements on an H100 (`benchmarks/torch_decode.py`): whole rows in one tile
+where they fit, as many programs as keep all multiprocessors busy, and in each thread enough loads
+on their way to keep the memory busy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+_WIDEST = 4096
+_WASTE = 1.34
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +26,8 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tile for every product of a step, and the keys that a step of attention takes at once."""
+    """A tile for every product of a step; for attention, keys taken at once, warps, and how far
+    keys are spread over programs (see `kernels.attention`)."""
 
     heads: Tile
     out: Tile
@@ -30,17 +35,36 @@ class Tiles:
     down: Tile
     head: Tile
     keys: int = 64
+    key_warps: int = 4
+    spread: int = 2
 
 
-def tiles(hidden: int, head_dim: int, heads_width: int) -> Tiles:
+@dataclass(frozen=True, slots=True)
+class PromptTile:
+    """Of a program of attention over many tokens: tokens, keys at once, warps, stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def prompt_tile(head_dim: int, itemsize: int) -> PromptTile:
+    """For heads of ``head_dim`` values of ``itemsize`` bytes; float32 takes no tensor cores."""
+    if itemsize > 2:
+        return PromptTile(16, 32, 4, 1)
+    return PromptTile(128, 64, 8, 2 if head_dim > 64 else 3)
+
+
+def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
     """Tiles for a model of ``hidden`` size whose query heads are ``heads_width`` wide."""
-    block = _block(hidden)
+    wide = _block(hidden)
     return Tiles(
-        heads=Tile(min(8, head_dim), block, 4),
-        out=Tile(8, _block(heads_width), 4),
-        gate_up=Tile(8, block, 4),
-        down=Tile(8 if hidden >= 2048 else 4, 1024, 4),
-        head=Tile(8, block, 4, repeat=4),
+        heads=_tile(4, wide),
+        out=_tile(4, min(2048, _block(heads_width))),
+        gate_up=_tile(16, 512) if 512 < hidden <= 1024 else _tile(2 if wide > 1024 else 4, wide),
+        down=_tile(4, min(2048, power_of_two(ffn))) if ffn < 16384 else _tile(2, 4096, 8),
+        head=_tile(4, wide, repeat=8),
     )
 
 
@@ -49,8 +73,17 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
+def _tile(rows: int, block: int, warps: int | None = None, repeat: int = 1) -> Tile:
+    """With 64 elements for every thread, where that makes 1 to 8 warps."""
+    return Tile(rows, block, warps or max(1, min(8, rows * block // 2048)), repeat)
+
+
 def _block(width: int) -> int:
-    """One block where a row fits into it, else the largest that leaves few lanes idle."""
-    if width <= 1024:
-        return power_of_two(width)
-    return 1024 if width % 1024 == 0 else 512
+    """A whole row if few lanes idle then, else a divisor of it."""
+    whole = power_of_two(width)
+    if whole <= _WIDEST and whole <= _WASTE * width:
+        return whole
+    block = _WIDEST
+    while block > 256 and -(-width // block) * block > 1.1 * width:
+        block //= 2
+    return block

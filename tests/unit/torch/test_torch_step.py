@@ -14,13 +14,12 @@ from tests.conftest import small_spec
 from tests.unit.torch.peers import SPECS, TOKENS, ours
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+if torch.cuda.is_available():
+    pytest.skip("compiled kernels are tested instead", allow_module_level=True)
+os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
-KINDS = SPECS | {
-    "wide": small_spec(hidden_size=192, intermediate_size=328, vocab_size=517),
-}
+WIDE = small_spec(hidden_size=192, intermediate_size=328, vocab_size=517, num_hidden_layers=1)
 
 
 class Stepped:
@@ -47,21 +46,22 @@ class Stepped:
         return self.step.logits[: len(rows)].numpy().copy()
 
 
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "rows"), [("tied", 1), ("window", 1), ("wide", 1), ("multi-head", 1), ("yarn", 2)]
+)
 def test_steps_continue_what_the_network_began(name: str, rows: int) -> None:
-    model = ours(KINDS[name])
+    model = ours((SPECS | {"wide": WIDE})[name])
     long = TOKENS * 5
     expected = model.logits(long)
     slots = Stepped(model, 3, len(long), rows)
     slots.eager.feed([Feed(2, 0, tuple(long[:70]))])
-    for position in range(70, 73):
+    for position in range(70, 72):
         found = slots.run([(long[position], 2, position)])
         np.testing.assert_allclose(found[0], expected[position], atol=1e-4)
         token, _, moved = slots.step.rows[:, 0].tolist()
         assert (token, moved) == (int(expected[position].argmax()), position + 1)
     # The network goes on from the keys that the step has stored.
-    after = slots.eager.feed([Feed(2, 73, tuple(long[73:]))]).rows([0])
+    after = slots.eager.feed([Feed(2, 72, tuple(long[72:]))]).rows([0])
     np.testing.assert_allclose(after[0], expected[-1], atol=1e-4)
 
 
@@ -112,10 +112,10 @@ def test_ranges_of_keys_join_to_plain_attention(length: int) -> None:
     parts = torch.empty(2, kv_heads, splits, 16, size)
     weights = torch.empty(2, kv_heads, splits, 16, 2)
     arrived = torch.zeros(2, kv_heads, dtype=torch.int32)
-    for window in (0, 50):
+    for window, spread in ((0, 2), (50, 2), (0, 16)):
         attention.attend[(splits, kv_heads, 2)](
             queries, keys, values, slots, positions, out, parts, weights, arrived, 256,
-            size**-0.5, heads, kv_heads, size, window, splits, 16, 16, False,
+            size**-0.5, heads, kv_heads, size, window, splits, spread, 16, 16, False,
         )  # fmt: skip
         for row in range(2):
             end = int(positions[row]) + 1
@@ -128,3 +128,33 @@ def test_ranges_of_keys_join_to_plain_attention(length: int) -> None:
             )
             torch.testing.assert_close(out[row].view(1, heads, 1, size), expected)
         assert not arrived.any()
+
+
+@pytest.mark.parametrize("name", ["tied", "window", "wide heads"])
+def test_prompts_in_pieces_are_what_the_network_makes_of_them(name: str) -> None:
+    from qwen2kit_torch.engine.joined import join
+    from qwen2kit_torch.engine.packed import Piece
+    from qwen2kit_torch.engine.prompts import PromptPass
+    from qwen2kit_torch.engine.storage import Storage
+
+    spec = SPECS[name]
+    model = ours(spec)
+    cpu = torch.device("cpu")
+    storage = Storage(spec, count=4, capacity=128, device=cpu, dtype=torch.float32)
+    rope = model.module.rotary.tables(128, cpu, torch.float32)
+    long, short = TOKENS * 5, TOKENS[::-1]
+    passes = [
+        [Piece(3, 0, tuple(long[:41]), 1), Piece(1, 0, tuple(short[:3]), 0)],
+        [Piece(1, 3, tuple(short[3:17]), 2), Piece(3, 41, tuple(long[41:]), 59)],
+    ]
+    weights = join(model.module)
+    with torch.inference_mode():
+        first, second = (
+            PromptPass(spec, weights, storage, pieces, rope).hidden() @ weights.head.t()
+            for pieces in passes
+        )
+    expected = torch.from_numpy(model.logits(long))
+    torch.testing.assert_close(first, expected[40:41], atol=1e-4, rtol=0)
+    torch.testing.assert_close(second[2:], expected[41:], atol=1e-4, rtol=0)
+    expected = torch.from_numpy(model.logits(short))
+    torch.testing.assert_close(second[:2], expected[15:17], atol=1e-4, rtol=0)

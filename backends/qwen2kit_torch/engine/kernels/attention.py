@@ -1,4 +1,4 @@
-"""Attention of single queries to their slots, keys divided over many programs, in Triton.
+"""Attention of single queries to their slots, keys divided over several programs, in Triton.
 
 Flash decoding: every program takes a range of keys for all query heads that share them, and the
 last one to finish joins what the ranges gave. Lengths are read on the device, so the launch is the
@@ -19,9 +19,13 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 def attend(
     queries, keys, values, slots, positions, out, parts, weights, arrived, capacity, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, PDL: tl.constexpr,
+    SPLITS: tl.constexpr, SPREAD: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of row ``r`` to positions up to its own in its slot; grid (SPLITS, K, R).
+
+    Keys before the row's own are asked for before the kernel waits for its predecessor, which
+    writes only that one (where ``PDL``, there is one row).
 
     Args:
         queries: ``[R, H * C]``, rotated.
@@ -32,9 +36,11 @@ def attend(
         arrived: int32 ``[R, K]``, zeros; left as zeros.
         scale: ``C ** -0.5``.
 
-    ``WINDOW`` is the sliding window's length, 0 for none; ``GROUP`` is G rounded up to a power of
-    two of at least 16.
+    ``n`` blocks of keys are divided into about ``sqrt(SPREAD * n)`` ranges, which balances the
+    time of a range against that of joining them. ``WINDOW`` is the sliding window's length, 0 for
+    none; ``GROUP`` is G rounded up to a power of two of at least 16.
     """
+    SHARED: tl.constexpr = HEADS // KV_HEADS
     if PDL:
         cuda.gdc_launch_dependents()
     split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -43,92 +49,99 @@ def attend(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(end - WINDOW, 0)
-    step = tl.cdiv(tl.cdiv(end - begin, SPLITS), BLOCK) * BLOCK
+    blocks = tl.cdiv(end - begin, BLOCK)
+    ranges = tl.sqrt((blocks * SPREAD).to(tl.float32)).to(tl.int32)
+    step = tl.cdiv(blocks, tl.minimum(tl.maximum(ranges, 1), SPLITS)) * BLOCK
     active = tl.cdiv(end - begin, step)
-    if PDL:
-        cuda.gdc_wait()
     if (slot >= 0) & (split < active):
+        dtype = out.dtype.element_ty
+        member = tl.arange(0, GROUP)
+        column = tl.arange(0, SIZE)
         first = begin + split * step
-        _attend_range(
-            queries, keys, values, out, parts, weights, arrived, capacity, scale,
-            row, kv_head, slot, split, active, first, tl.minimum(first + step, end),
-            HEADS, KV_HEADS, SIZE, SPLITS, BLOCK, GROUP,
-        )  # fmt: skip
-
-
-@triton.jit
-def _attend_range(
-    queries, keys, values, out, parts, weights, arrived, capacity, scale,
-    row, kv_head, slot, split, active, first, end,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    SHARED: tl.constexpr = HEADS // KV_HEADS
-    dtype = out.dtype.element_ty
-    member = tl.arange(0, GROUP)
-    column = tl.arange(0, SIZE)
-    base = (slot * KV_HEADS + kv_head).to(tl.int64) * capacity * SIZE
-    mine = (row * HEADS + kv_head * SHARED + member[:, None]) * SIZE + column[None, :]
-    query = tl.load(queries + mine, mask=(member < SHARED)[:, None], other=0.0)
-    peak = tl.full((GROUP,), -float("inf"), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    mixed = tl.zeros((GROUP, SIZE), tl.float32)
-    for start in range(first, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < end
+        stop = tl.minimum(first + step, end)
+        base = (slot * KV_HEADS + kv_head).to(tl.int64) * capacity * SIZE
+        at = first + tl.arange(0, BLOCK)
         place = base + at[:, None] * SIZE + column[None, :]
-        key = tl.load(keys + place, mask=inside[:, None], other=0.0)
-        value = tl.load(values + place, mask=inside[:, None], other=0.0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * _LOG2E)
-        score = tl.where(inside[None, :], score, -float("inf"))
-        higher = tl.maximum(peak, tl.max(score, 1))
-        share = tl.exp2(score - higher[:, None])
-        shrunk = tl.exp2(peak - higher)
-        total = total * shrunk + tl.sum(share, 1)
-        product = tl.dot(share.to(dtype), value, input_precision="ieee")
-        mixed = mixed * shrunk[:, None] + product
-        peak = higher
-    if active == 1:
-        done = (mixed / total[:, None]).to(dtype)
-        tl.store(out + mine, done, mask=(member < SHARED)[:, None])
-    else:
-        pair = row * KV_HEADS + kv_head
-        own = (pair * SPLITS + split) * GROUP + member
-        tl.store(parts + own[:, None] * SIZE + column[None, :], mixed)
-        tl.store(weights + own * 2, peak)
-        tl.store(weights + own * 2 + 1, total)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == active - 1:
+        known = (at < tl.minimum(stop, end - 1))[:, None]
+        key = tl.load(keys + place, mask=known, other=0.0)
+        value = tl.load(values + place, mask=known, other=0.0)
+        if PDL:
+            cuda.gdc_wait()
+        mine = (row * HEADS + kv_head * SHARED + member[:, None]) * SIZE + column[None, :]
+        query = tl.load(queries + mine, mask=(member < SHARED)[:, None], other=0.0)
+        newest = base + (end - 1) * SIZE + column
+        own = (at == end - 1)[:, None]
+        key = tl.where(own, tl.load(keys + newest)[None, :], key)
+        value = tl.where(own, tl.load(values + newest)[None, :], value)
+        peak = tl.full((GROUP,), -float("inf"), tl.float32)
+        total = tl.zeros((GROUP,), tl.float32)
+        mixed = tl.zeros((GROUP, SIZE), tl.float32)
+        peak, total, mixed = _absorb(query, key, value, at < stop, scale, peak, total, mixed)
+        for start in range(first + BLOCK, stop, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            inside = at < stop
+            place = base + at[:, None] * SIZE + column[None, :]
+            key = tl.load(keys + place, mask=inside[:, None], other=0.0)
+            value = tl.load(values + place, mask=inside[:, None], other=0.0)
+            peak, total, mixed = _absorb(query, key, value, inside, scale, peak, total, mixed)
+        if active == 1:
+            done = (mixed / total[:, None]).to(dtype)
+            tl.store(out + mine, done, mask=(member < SHARED)[:, None])
+        else:
+            pair = row * KV_HEADS + kv_head
+            cell = (pair * SPLITS + split) * GROUP + member
+            ours = member < SHARED
+            tl.store(parts + cell[:, None] * SIZE + column[None, :], mixed, mask=ours[:, None])
+            tl.store(weights + cell * 2, peak, mask=ours)
+            tl.store(weights + cell * 2 + 1, total, mask=ours)
             tl.debug_barrier()
-            _join(
-                parts, weights, out, row, kv_head, active,
-                HEADS, KV_HEADS, SIZE, SPLITS, GROUP,
-            )  # fmt: skip
-            tl.store(arrived + pair, 0)
+            if tl.atomic_add(arrived + pair, 1, sem="acq_rel") == active - 1:
+                tl.debug_barrier()
+                joined = _joined(parts, weights, pair, active, SHARED, SIZE, SPLITS, GROUP)
+                tl.store(out + mine, joined.to(dtype), mask=ours[:, None])
+                tl.store(arrived + pair, 0)
 
 
 @triton.jit
-def _join(
-    parts, weights, out, row, kv_head, active,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, GROUP: tl.constexpr,
+def _absorb(query, key, value, inside, scale, peak, total, mixed):
+    """One more block of keys in the running softmax."""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * _LOG2E)
+    score = tl.where(inside[None, :], score, -float("inf"))
+    higher = tl.maximum(peak, tl.max(score, 1))
+    share = tl.exp2(score - higher[:, None])
+    shrunk = tl.exp2(peak - higher)
+    total = total * shrunk + tl.sum(share, 1)
+    product = tl.dot(share.to(value.dtype), value, input_precision="ieee")
+    return higher, total, mixed * shrunk[:, None] + product
+
+
+@triton.jit
+def _joined(
+    parts, weights, pair, active,
+    SHARED: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Weighted mean of the ranges; past L1, which may hold what the last step left there."""
-    SHARED: tl.constexpr = HEADS // KV_HEADS
-    split = tl.arange(0, SPLITS)
+    TOGETHER: tl.constexpr = 4
+    member = tl.arange(0, GROUP)
     column = tl.arange(0, SIZE)
-    there = split < active
-    for member in range(SHARED):
-        own = ((row * KV_HEADS + kv_head) * SPLITS + split) * GROUP + member
-        peak = tl.load(weights + own * 2, mask=there, other=-float("inf"), cache_modifier=".cg")
-        total = tl.load(weights + own * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-        part = tl.load(
-            parts + own[:, None] * SIZE + column[None, :],
-            mask=there[:, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        share = tl.exp2(peak - tl.max(peak, 0))
-        mean = tl.sum(part * share[:, None], 0) / tl.sum(total * share, 0)
-        place = (row * HEADS + kv_head * SHARED + member) * SIZE + column
-        tl.store(out + place, mean.to(out.dtype.element_ty))
+    split = tl.arange(0, SPLITS)
+    cell = (pair * SPLITS + split[:, None]) * GROUP + member[None, :]
+    known = (split < active)[:, None] & (member < SHARED)[None, :]
+    peaks = tl.load(weights + cell * 2, mask=known, other=-1e30, cache_modifier=".cg")
+    totals = tl.load(weights + cell * 2 + 1, mask=known, other=0.0, cache_modifier=".cg")
+    top = tl.max(peaks, 0)
+    whole = tl.sum(totals * tl.exp2(peaks - top[None, :]), 0)
+    mixed = tl.zeros((GROUP, SIZE), tl.float32)
+    for begin in range(0, active, TOGETHER):
+        for turn in tl.static_range(TOGETHER):
+            there = (member < SHARED) & (begin + turn < active)
+            own = (pair * SPLITS + begin + turn) * GROUP + member
+            peak = tl.load(weights + own * 2, mask=there, other=-1e30, cache_modifier=".cg")
+            part = tl.load(
+                parts + own[:, None] * SIZE + column[None, :],
+                mask=there[:, None],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            mixed += part * tl.exp2(peak - top)[:, None]
+    return mixed / whole[:, None]

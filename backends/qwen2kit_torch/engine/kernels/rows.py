@@ -50,9 +50,9 @@ def rotate_and_store(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Rotate queries and keys of ``joint`` ``[R, (H + 2K) * C]``; keys and values go into their
-    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. Grid (H + 2K, R)."""
+    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. Grid (R, H + 2K)."""
     HALF: tl.constexpr = SIZE // 2
-    head, row = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, HALF)
     slot = tl.load(slots + row)
     position = tl.load(positions + row)
@@ -82,9 +82,9 @@ def rotate_and_store(
 
 @triton.jit
 def silu_times(joint, gated, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
-    """``gated[r] = silu(joint[r, :F]) * joint[r, F:]``. Grid (blocks of F, R)."""
-    row = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    """``gated[r] = silu(joint[r, :F]) * joint[r, F:]``. Grid (R, blocks of F)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < HEIGHT
     at = joint + row * (2 * HEIGHT) + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)

@@ -1,0 +1,108 @@
+"""The decoder's layers over R rows at once: the vendor's matrix products, Triton between them.
+
+Shapes: R rows, D hidden, H query heads, K kv heads, C head_dim, F ffn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from qwen2kit.spec.model import ModelSpec
+from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights
+from qwen2kit_torch.engine.kernels import rows as kernels
+from qwen2kit_torch.engine.storage import Storage
+from qwen2kit_torch.engine.tuning import power_of_two
+
+# Attention of layer ``n`` from rotated queries ``[R, H * C]`` into an equally shaped tensor.
+Attend = Callable[[int, Tensor, Tensor], None]
+
+
+class Layers:
+    """Buffers for ``count`` rows, and what the layers do with them.
+
+    Args:
+        spec, weights, storage: the model and its slots.
+        count: R.
+        rope: cosines and sign-folded sines ``[>= capacity, C]``, in the compute dtype.
+
+    Attributes:
+        rows: int32 ``[3, R]``: token ids, slots (negative: none) and positions.
+        x: the residual stream ``[R, D]``.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: JoinedWeights,
+        storage: Storage,
+        count: int,
+        rope: tuple[Tensor, Tensor],
+    ) -> None:
+        self._spec, self._weights, self._storage, self._rope = spec, weights, storage, rope
+        self._r = count
+        device, dtype = weights.norm.device, weights.norm.dtype
+
+        def values(width: int) -> Tensor:
+            return torch.empty(count, width, dtype=dtype, device=device)
+
+        self.rows = torch.zeros(3, count, dtype=torch.int32, device=device)
+        self.x, self._normed, self._added = (values(spec.hidden_size) for _ in range(3))
+        self._joint = values(len(weights.layers[0].heads))
+        width = spec.num_attention_heads * spec.head_dim
+        self._queries, self._mixed = values(width), values(width)
+        self._wide = values(2 * spec.intermediate_size)
+        self._gated = values(spec.intermediate_size)
+
+    def run_layers(self, attend: Attend) -> None:
+        """All layers; the last one's addition to the residual stream is left to `final_norm`."""
+        for index, layer in enumerate(self._weights.layers):
+            self._layer(index, layer, attend)
+
+    def final_norm(self, wanted: Tensor | None = None) -> Tensor:
+        """The final norm's output ``[N, D]`` for the rows ``wanted`` (all by default)."""
+        if wanted is None:
+            self._norm(self.x, self._added, self._weights.norm, self._normed)
+            return self._normed
+        x = self.x[wanted]
+        normed = torch.empty_like(x)
+        if len(x):
+            self._norm(x, self._added[wanted], self._weights.norm, normed)
+        return normed
+
+    def _layer(self, index: int, layer: LayerWeights, attend: Attend) -> None:
+        spec = self._spec
+        self._norm(self.x, self._added if index else None, layer.norm, self._normed)
+        torch.addmm(layer.heads_bias, self._normed, layer.heads.t(), out=self._joint)
+        keys, values = self._storage.layers[index]
+        heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
+        kernels.rotate_and_store[(self._r, heads)](
+            self._joint, *self._rope, self.rows[1], self.rows[2], self._queries, keys, values,
+            self._storage.capacity, spec.num_attention_heads, spec.num_key_value_heads,
+            spec.head_dim, num_warps=1,
+        )  # fmt: skip
+        attend(index, self._queries, self._mixed)
+        torch.mm(self._mixed, layer.out.t(), out=self._added)
+        self._norm(self.x, self._added, layer.mlp_norm, self._normed)
+        torch.mm(self._normed, layer.gate_up.t(), out=self._wide)
+        ffn = spec.intermediate_size
+        kernels.silu_times[(self._r, triton.cdiv(ffn, 1024))](self._wide, self._gated, ffn, 1024)
+        torch.mm(self._gated, layer.down.t(), out=self._added)
+
+    def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, normed: Tensor) -> None:
+        """``x += added``, then ``normed`` is its norm."""
+        hidden = self._spec.hidden_size
+        kernels.add_and_norm[(len(x),)](
+            x, x if added is None else added, weight, normed, self._spec.rms_norm_eps,
+            added is not None, hidden, power_of_two(hidden), num_warps=8 if hidden > 1024 else 4,
+        )  # fmt: skip
+
+    def embed(self, count: Tensor) -> None:
+        """Rows of the embedding into the residual stream; ``count`` (int32 ``[1]``) grows by 1."""
+        hidden = self._spec.hidden_size
+        kernels.embed[(self._r,)](
+            self.rows[0], self._weights.embedding, self.x, count, hidden, power_of_two(hidden)
+        )

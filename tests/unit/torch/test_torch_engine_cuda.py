@@ -1,0 +1,128 @@
+"""Slots on CUDA, their graphs and kernels, against transformers and against the plain network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qwen2kit.backend.slots import Feed
+from qwen2kit.errors import BackendError
+from tests.unit.torch.peers import SPECS, TOKENS, continued, ours, theirs
+from tests.unit.torch.test_torch_slots import RAGGED, alone, run
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("triton")
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def on_cuda(name: str, **plan: Any) -> Any:
+    return ours(SPECS[name], device="cuda", **({"dtype": "float32"} | plan))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_greedy_matches_transformers_in_float32(name: str) -> None:
+    model = on_cuda(name)
+    assert type(model.slots(1, 8)).__name__ == "GraphSlots"
+    assert alone(model, TOKENS, 40) == continued(theirs(SPECS[name]), TOKENS, 40)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "window"])
+def test_slots_do_not_matter_to_each_other(name: str) -> None:
+    model, plain = on_cuda(name), ours(SPECS[name])
+    slots = model.slots(6, 64)
+    order = [5, 0, 2, 3]
+    feeds = [Feed(slot, 0, tuple(prompt)) for slot, prompt in zip(order, RAGGED, strict=True)]
+    together = run(slots, feeds, 24)
+    assert together == [alone(plain, prompt, 24) for prompt in RAGGED]
+    assert together == [alone(model, prompt, 24) for prompt in RAGGED]
+
+
+@pytest.mark.parametrize("name", ["tied", "window", "yarn"])
+@pytest.mark.parametrize("first", [1, 9, 63, 64, 65, 130])
+def test_any_division_into_feeds_is_float32_exact(name: str, first: int) -> None:
+    model = on_cuda(name)
+    long = (TOKENS * 8)[:150]
+    expected = ours(SPECS[name]).logits(long)
+    slots = model.slots(3, 160)
+    wanted = min(first, 5)
+    found = slots.feed([Feed(2, 0, tuple(long[:first]), wanted)]).rows(range(wanted))
+    np.testing.assert_allclose(found, expected[first - wanted : first], atol=1e-4)
+    # A long piece and single tokens of other slots at once.
+    rest = tuple(long[first:])
+    found = slots.feed([Feed(1, 0, (5,)), Feed(2, first, rest, 3), Feed(0, 0, (7,))])
+    np.testing.assert_allclose(found.rows([1, 2, 3]), expected[-3:], atol=1e-4)
+    single = ours(SPECS[name]).logits([7])[0]
+    np.testing.assert_allclose(found.rows([4])[0], single, atol=1e-4)
+
+
+def test_cut_back_copied_and_saved_slots_are_as_good_as_new() -> None:
+    model = on_cuda("window")
+    slots = model.slots(3, 48)
+    run(slots, [Feed(0, 0, tuple(TOKENS))], 10)
+    slots.copy(0, 1, 9)
+    slots.restore(2, iter(list(slots.export(0, 9))))
+    expected = alone(ours(SPECS["window"]), [*TOKENS[:9], 1, 2, 3], 12)
+    for slot in (1, 2, 0):
+        assert run(slots, [Feed(slot, 9, (1, 2, 3))], 12)[0] == expected
+
+
+def test_greedy_run_ends_with_the_slot_and_obeys_the_limit() -> None:
+    slots = on_cuda("tied").slots(2, 12)
+    slots.feed([Feed(0, 0, tuple(TOKENS[:8])), Feed(1, 0, tuple(TOKENS[:3]))])
+    steps = list(slots.run_greedy([Feed(0, 8, (1,)), Feed(1, 3, (1,))], 50))
+    assert len(steps) == 4
+    assert max(token for ids in steps for token in ids) < 50
+    again = list(slots.run_greedy([Feed(0, 8, (1,)), Feed(1, 3, (1,))], 50))
+    assert again == steps
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_logits_that_are_no_numbers_are_refused(rows: int) -> None:
+    model = on_cuda("untied")
+    model.module.model.norm.weight.detach()[3] = torch.nan
+    slots = model.slots(rows, 12)
+    feeds = [Feed(slot, 0, (1,)) for slot in range(rows)]
+    with pytest.raises(BackendError, match="NaN"):
+        slots.feed(feeds).greedy(None)
+    with pytest.raises(BackendError, match="NaN"):
+        next(slots.run_greedy(feeds, None))
+
+
+def test_bfloat16_agrees_with_itself_however_it_is_fed() -> None:
+    model = on_cuda("tied", dtype="bfloat16")
+    exact = ours(SPECS["tied"]).logits(TOKENS)
+    slots = model.slots(2, 32)
+    slots.feed([Feed(0, 0, tuple(TOKENS[:-1]))])
+    stepped = slots.feed([Feed(0, len(TOKENS) - 1, (TOKENS[-1],))]).rows([0])[0]
+    at_once = slots.feed([Feed(1, 0, tuple(TOKENS * 1))]).rows([0])[0]
+    for found in (stepped, at_once):
+        assert np.abs(found - exact[-1]).max() < 0.15
+
+
+def test_new_weights_are_used_after_loading_again() -> None:
+    from tests.conftest import random_weights
+
+    model = on_cuda("tied")
+    alone(model, TOKENS, 3)
+    fresh = random_weights(SPECS["tied"], seed=5)
+    model.load(fresh)
+    assert alone(model, TOKENS, 20) == alone(ours(SPECS["tied"], fresh), TOKENS, 20)
+
+
+def test_joined_weights_are_held_once_and_exported() -> None:
+    from tests.conftest import random_weights
+
+    model = on_cuda("untied")
+    before = torch.cuda.memory_allocated()
+    slots = model.slots(1, 8)
+    slots.close()
+    del slots
+    assert torch.cuda.memory_allocated() <= before * 1.05 + (1 << 20)
+    source = random_weights(SPECS["untied"])
+    for name, tensor in model.export():
+        np.testing.assert_array_equal(tensor.float32(), source.read(name).float32())
