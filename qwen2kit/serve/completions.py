@@ -130,7 +130,7 @@ class CompletionAnswer:
             tokens = [ScoredToken.of(event) for event in choice.tokens]
             if scores:
                 number = self._prompt_number(choice)
-                first = ScoredToken(self._prompts[number][0], None)
+                first = ScoredToken(self._prompts[number][0], None, echoed=True)
                 tokens = [first, *map(ScoredToken.of, scores[number]), *tokens]
             offset = 0 if scores else len(echoed)
             logprobs = CompletionLogprobs(self._tokenizer, offset).render(tokens)

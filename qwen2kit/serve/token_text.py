@@ -33,16 +33,24 @@ def _chat_entry(tokenizer: Tokenizer, token: int, logprob: float | None) -> dict
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token with its log-probability, or None for the first of a prompt."""
+    """A token with its log-probability.
+
+    Attributes:
+        token: its id.
+        logprob: natural-log probability; None for the first token of a prompt.
+        top: the likeliest tokens in its place.
+        echoed: it is of the prompt, whose text shows control tokens too.
+    """
 
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...] = ()
+    echoed: bool = False
 
     @classmethod
     def of(cls, source: TokenEvent | TokenScore) -> ScoredToken:
         """The same of a generated or a prompt token."""
-        return cls(source.token, source.logprob, source.top)
+        return cls(source.token, source.logprob, source.top, isinstance(source, TokenScore))
 
 
 class CompletionLogprobs:
@@ -64,7 +72,7 @@ class CompletionLogprobs:
             "tokens": [self._spell(item.token) for item in tokens],
             "token_logprobs": [_finite(item.logprob) for item in tokens],
             "top_logprobs": [self._top(item) for item in tokens],
-            "text_offset": [self._advance(item.token) for item in tokens],
+            "text_offset": [self._advance(item) for item in tokens],
         }
 
     def _top(self, item: ScoredToken) -> dict[str, float | None] | None:
@@ -85,10 +93,10 @@ class CompletionLogprobs:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
-    def _advance(self, token: int) -> int:
+    def _advance(self, item: ScoredToken) -> int:
         start = self._offset
-        if token not in self._tokenizer.special_ids:
-            self._offset += len(self._utf8.decode(_bytes(self._tokenizer, token)))
+        if item.echoed or item.token not in self._tokenizer.special_ids:
+            self._offset += len(self._utf8.decode(_bytes(self._tokenizer, item.token)))
         return start
 
 

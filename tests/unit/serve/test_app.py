@@ -123,6 +123,17 @@ def test_streamed_completion_logprobs_equal_the_whole(loaded: LoadedModel) -> No
     assert lists == whole
 
 
+def test_offsets_count_characters_and_echoed_control_tokens(loaded: LoadedModel) -> None:
+    prompt = "<|im_start|>the é cat"
+    body = BODY | {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+    choice = post(loaded, "completions", body)["choices"][0]
+    ids = loaded.tokenizer.encode(prompt)
+    texts = [loaded.tokenizer.decode(ids[:count]).removesuffix("�") for count in range(len(ids))]
+    assert choice["text"] == prompt
+    assert choice["logprobs"]["text_offset"] == [len(text) for text in texts]
+    assert "bytes:\\xc3" in choice["logprobs"]["tokens"]
+
+
 def test_echo_streams_the_prompt_first(loaded: LoadedModel) -> None:
     async def ask(_: Service, client: httpx.AsyncClient) -> str:
         body = BODY | {"echo": True, "stream": True, "max_tokens": 2, "n": 2}

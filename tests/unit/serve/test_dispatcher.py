@@ -41,7 +41,7 @@ def test_an_engine_that_breaks_answers_500_and_turns_unhealthy(loaded: LoadedMod
             running = [
                 asyncio.create_task(client.post("/v1/completions", json=BODY)) for _ in range(3)
             ]
-            await _until(lambda: engine.running == 3 or service.dispatcher.load == 3)
+            await _until(lambda: service.dispatcher.load == 3)
             assert (await client.get("/health")).status_code == 200
             engine.error = RuntimeError("device lost: secret detail")
             go.set()
@@ -54,7 +54,7 @@ def test_an_engine_that_breaks_answers_500_and_turns_unhealthy(loaded: LoadedMod
             later = await client.post("/v1/completions", json=BODY)
             assert later.status_code == 500
             assert failures == [engine.error]
-            assert engine.closed
+            await _until(lambda: engine.closed)
 
     asyncio.run(run())
 
