@@ -3,13 +3,12 @@ by Triton's interpreter, against the plain code."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+
+from tests.unit.torch.interpreted import run_interpreted
 
 torch = pytest.importorskip("torch")
 
@@ -197,18 +196,12 @@ for width in (8, 96, 1024, 5000):
     for ours, plain in pairs:
         for one, other in zip(ours, plain):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
-print("same")
 """
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 def test_interpreted_kernels_are_the_plain_code() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.stdout.strip() == "same", done.stderr[-2000:]
+    run_interpreted(INTERPRETED)
 
 
 @pytest.mark.cuda
