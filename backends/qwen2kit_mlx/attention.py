@@ -45,10 +45,11 @@ class Heads:
         self.rotary, self.kernels, self._dtype = rotary, kernels, dtype
         self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
+        self.kinds = set(self.windows)
 
     def views(self, see: Callable[[int | None], View]) -> dict[int | None, View]:
         """What ``see`` gives for every kind of window, masks made ready."""
-        views = {window: see(window) for window in set(self.windows)}
+        views = {window: see(window) for window in self.kinds}
         return {
             window: View(seen.first, self.kernels.mask(seen.mask, self._dtype))
             if isinstance(seen.mask, mx.array)
@@ -106,19 +107,23 @@ class Prompt:
     """
 
     def __init__(self, heads: Heads, store: SlotStore, row: int, start: int, count: int) -> None:
-        self._heads, self._store = heads, store
-        self._row, self._start, self._end = row, start, start + count
-        store.reserve(self._end)
+        self._heads, self._store, self._row, self._count = heads, store, row, count
         self._rotation = heads.rotary.at(start, count)
-        self._views = heads.views(lambda window: view(start, count, window))
+        store.slide(row, start, count)
+        self._starts = {window: start - store.base(window, row) for window in heads.kinds}
+        for window, first in self._starts.items():
+            store.reserve(window, first + count)
+        self._views = heads.views(lambda window: view(self._starts[window], count, window))
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`; B is 1."""
         heads, columns = self._heads, self._store.layers[layer]
+        window = heads.windows[layer]
+        start = self._starts[window]
         q, k, v = heads.rotated(stacked_BTGC, self._rotation)
-        columns.write_row(self._row, self._start, k[0], v[0])
+        columns.write_row(self._row, start, k[0], v[0])
         rows = slice(self._row, self._row + 1)
-        return heads.attention(q, columns, rows, self._end, self._views[heads.windows[layer]])
+        return heads.attention(q, columns, rows, start + self._count, self._views[window])
 
 
 class Block:
@@ -126,37 +131,53 @@ class Block:
 
     Args:
         heads: the model's.
-        store: keys and values; grown to hold the place.
-        place: which rows and positions.
+        store: keys and values; grown to hold the tokens.
+        first: the first row.
+        starts: position of the first token, one per row.
+        count: tokens per row.
     """
 
-    def __init__(self, heads: Heads, store: SlotStore, place: Place) -> None:
-        self._heads, self._store, self._place = heads, store, place
-        store.reserve(place.end)
-        self._rotation = heads.rotary.stacked(
-            np.array(place.starts)[:, None] + np.arange(place.count),
-            heads.query + heads.kv,
-            heads.kv,
-        )
-        self._end = place.end if place.index is None or not heads.kernels.pads else store.room
+    def __init__(
+        self, heads: Heads, store: SlotStore, first: int, starts: Sequence[int], count: int
+    ) -> None:
+        self._heads, self._store = heads, store
+        positions_BT = np.array(starts)[:, None] + np.arange(count)
+        self._rotation = heads.rotary.stacked(positions_BT, heads.query + heads.kv, heads.kv)
+        for row, start in enumerate(starts, first):
+            store.slide(row, start, count)
+        self._places = {window: self._place(window, first, starts, count) for window in heads.kinds}
+        self._ends = {window: self._end(window) for window in heads.kinds}
         self._views = heads.views(self._view)
 
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
-        heads, place, columns = self._heads, self._place, self._store.layers[layer]
+        heads, columns = self._heads, self._store.layers[layer]
+        window = heads.windows[layer]
+        place = self._places[window]
         rotated_BTGC = self._rotation(stacked_BTGC)
         rows, count, _, width = rotated_BTGC.shape
         new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
         columns.write(place, new)
         q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
-        seen = self._views[heads.windows[layer]]
-        return heads.attention(q_BHTC, columns, place.rows, self._end, seen)
+        seen, end = self._views[window], self._ends[window]
+        return heads.attention(q_BHTC, columns, place.rows, end, seen)
+
+    def _place(self, window: int | None, first: int, starts: Sequence[int], count: int) -> Place:
+        columns = [start - self._store.base(window, row) for row, start in enumerate(starts, first)]
+        place = Place.at(first, columns, count)
+        self._store.reserve(window, place.end)
+        return place
+
+    def _end(self, window: int | None) -> int:
+        place = self._places[window]
+        padded = place.index is not None and self._heads.kernels.pads
+        return self._store.room(window) if padded else place.end
 
     def _view(self, window: int | None) -> View:
-        place = self._place
+        place = self._places[window]
         if place.index is None:
             return view(place.start, place.count, window)
-        return View(0, ragged(place.index[1], self._end, window))
+        return View(0, ragged(place.index[1], self._ends[window], window))
 
 
 class Segments:

@@ -1,4 +1,4 @@
-"""Keys and values of one layer: rows are sequences, column number equals token position.
+"""Keys and values of one layer: rows are sequences, columns follow the positions of their tokens.
 
 Rows are of different length. What lies beyond a row's length is undefined: the next tokens of
 that row overwrite it before anything may see it, so that cutting a row back costs nothing.
@@ -24,14 +24,14 @@ BLOCK = 256  # columns by which the arrays grow
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the ``count`` tokens of each of B consecutive rows go.
+    """The columns into which the ``count`` tokens of each of B consecutive rows go.
 
     Attributes:
         first: the first row.
-        starts: position of the first token, one per row.
+        starts: column of the first token, one per row.
         count: tokens per row.
         index: row and column numbers ``[B, 1]`` and ``[B, count]`` on the device where rows
-            start at different positions, else None.
+            start at different columns, else None.
     """
 
     first: int
@@ -56,20 +56,13 @@ class Place:
 
     @property
     def start(self) -> int:
-        """Position of the first token where all rows have the same."""
+        """Column of the first token where all rows have the same."""
         return self.starts[0]
 
     @property
     def end(self) -> int:
         """Column after the last one that is written."""
         return max(self.starts) + self.count
-
-    @property
-    def positions(self) -> mx.array:
-        """int32 ``[B, count]`` or, where rows do not differ, ``[1, count]``."""
-        if self.index is not None:
-            return self.index[1]
-        return mx.arange(self.start, self.end, dtype=mx.int32)[None]
 
 
 class Columns(Protocol):
@@ -97,8 +90,9 @@ class Columns(Protocol):
         """``[B, H, T, C]`` over columns ``seen.first`` to ``end``."""
         ...
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make the first ``length`` columns of row ``target`` those of row ``source``."""
+    def copy(self, source: int, target: int, first: int, count: int) -> None:
+        """Make the first ``count`` columns of row ``target`` those from ``first`` on of row
+        ``source``, which may be the same."""
         ...
 
     def permute(self, order: mx.array) -> None:
@@ -154,9 +148,9 @@ class DenseColumns:
         keys, values = self.read(rows, seen.first, end)
         return kernels.attention(q_BHTC, keys, values, scale, seen.mask)
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, first: int, count: int) -> None:
         """See `Columns.copy`."""
-        duplicate(self._stored, source, target, length)
+        duplicate(self._stored, source, target, first, count)
 
     def permute(self, order: mx.array) -> None:
         """See `Columns.permute`."""
@@ -197,8 +191,8 @@ def update(stored: mx.array, place: Place, new_BT2KC: mx.array) -> None:
         stored[:, rows, :, columns] = new_BT2KC
 
 
-def duplicate(stored: mx.array, source: int, target: int, length: int) -> None:
-    """Copy the first columns of a row of ``stored`` ``[2, R, K, S, *]`` in place."""
-    piece = mx.contiguous(stored[:, source, :, :length])
+def duplicate(stored: mx.array, source: int, target: int, first: int, count: int) -> None:
+    """`Columns.copy` for ``stored`` ``[2, R, K, S, *]``, in place."""
+    piece = mx.contiguous(stored[:, source, :, first : first + count])
     mx.eval(piece)  # with a read of the source pending, the update would copy everything
-    stored[:, target, :, :length] = piece
+    stored[:, target, :, :count] = piece

@@ -103,10 +103,10 @@ class PackedColumns:
         out_BKMC = self._product(weights_BKMS, values_BKS, transpose=False)
         return out_BKMC.reshape(batch, heads, count, width)
 
-    def copy(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, first: int, count: int) -> None:
         """See `Columns.copy`."""
         for part in self._stored:
-            duplicate(part, source, target, length)
+            duplicate(part, source, target, first, count)
 
     def permute(self, order: mx.array) -> None:
         """See `Columns.permute`."""

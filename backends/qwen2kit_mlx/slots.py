@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2kit.backend.slots import Feed
+from qwen2kit.errors import BackendError
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
-from qwen2kit_mlx.columns import Place
 from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
 from qwen2kit_mlx.host_tensor import to_host
 from qwen2kit_mlx.memory import Wired
@@ -43,13 +43,15 @@ class MLXSlots:
         self.count, self.capacity = count, capacity
         self._decoder, self._device = decoder, device
         with mx.stream(device):
-            self._store = SlotStore(decoder.spec, count, decoder.dtype, bits)
+            self._store = SlotStore(decoder.spec, count, decoder.dtype, bits, capacity)
         self._row = list(range(count))
+        self._held: list[list[int]] = [[] for _ in range(count)]  # kept where the store forgets
         self._wired = Wired().__enter__()
 
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
         """See `Slots.feed`."""
         with mx.stream(self._device):
+            feeds = [self._complete(feed) for feed in feeds]
             parts: list[mx.array] = []
             owners: list[int] = []
             for pieces in passes(feeds):
@@ -69,6 +71,8 @@ class MLXSlots:
 
     def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
         """See `Slots.run_greedy`; one step runs ahead where the device computes on its own."""
+        if self._store.forgets:
+            self._recall(feeds)
         with mx.stream(self._device):
             order = self._arrange([feed.slot for feed in feeds])
             tokens_B = mx.array([feeds[i].tokens[0] for i in order], dtype=mx.int32)
@@ -81,23 +85,32 @@ class MLXSlots:
         for step in range(steps + ahead):
             with mx.stream(self._device):
                 if step < steps:
-                    place = Place.at(first, [start + step for start in starts], 1)
-                    tokens_B = self._greedy_step(place, tokens_B, limit)
+                    block = self._block(first, [start + step for start in starts], 1)
+                    tokens_B = self._greedy_step(block, tokens_B, limit)
                     running.append(tokens_B)
                 if step < ahead:
                     continue
                 ids = np.asarray(running.pop(0))[back].tolist()
                 if step % CLEAR_EVERY == CLEAR_EVERY - 1:
                     mx.clear_cache()
+            if self._store.forgets:
+                for feed, token in zip(feeds, ids, strict=True):
+                    self._held[feed.slot].append(token)
             yield checked_ids(ids)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Slots.copy`."""
         with mx.stream(self._device):
             self._store.copy(self._row[source], self._row[target], length)
+            self._held[target] = self._held[source][:length]
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
-        """See `PersistentSlots.export`."""
+        """See `PersistentSlots.export`.
+
+        Raises:
+            BackendError: the slots are so long that layers with a sliding window forget.
+        """
+        self._refuse_if_forgetful()
         for index, layer in enumerate(self._store.layers):
             with mx.stream(self._device):
                 parts = layer.export(self._row[slot], length)
@@ -106,11 +119,13 @@ class MLXSlots:
                 yield f"layers.{index}.{name}", tensor
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
-        """See `PersistentSlots.restore`."""
+        """See `PersistentSlots.restore`; also raises what `export` does."""
+        self._refuse_if_forgetful()
         given = dict(tensors)
         with mx.stream(self._device):
             parts = fitting(self._store, given, self.capacity)
-            self._store.reserve(parts[0]["keys"].shape[1])
+            for window in set(self._store.windows):
+                self._store.reserve(window, parts[0]["keys"].shape[1])
             for layer, part in zip(self._store.layers, parts, strict=True):
                 layer.restore(self._row[slot], part)
             mx.eval(self._store.arrays())
@@ -120,6 +135,35 @@ class MLXSlots:
         self._store.drop()
         self._wired.__exit__(None, None, None)
         mx.clear_cache()
+
+    def _refuse_if_forgetful(self) -> None:
+        if self._store.forgets:
+            raise BackendError(
+                "slots this long forget what lies behind the model's sliding window and cannot be "
+                "saved; use shorter ones"
+            )
+
+    def _complete(self, feed: Feed) -> Feed:
+        """``feed``, or one that reads the slot's tokens again because layers have forgotten what
+        it needs."""
+        if not self._store.forgets:
+            return feed
+        held, row = self._held[feed.slot], self._row[feed.slot]
+        before, held[feed.start :] = held[: feed.start], feed.tokens
+        if self._store.holds(row, feed.start):
+            return feed
+        self._store.forget(row)
+        return Feed(feed.slot, 0, (*before, *feed.tokens), feed.wanted)
+
+    def _recall(self, feeds: Sequence[Feed]) -> None:
+        """Make slots hold what is before ``feeds``, of one token each, and note those tokens."""
+        for feed in feeds:
+            held = self._held[feed.slot]
+            if feed.start and not self._store.holds(self._row[feed.slot], feed.start):
+                self.feed([Feed(feed.slot, 0, tuple(held[: feed.start]), 0)])
+            if not feed.start:
+                self._store.forget(self._row[feed.slot])
+            held[feed.start :] = feed.tokens
 
     def _arrange(self, slots: Sequence[int]) -> list[int]:
         """Indices of ``slots`` by row; their rows are neighbours afterwards."""
@@ -132,8 +176,8 @@ class MLXSlots:
             self._row = [place[row] for row in self._row]
         return sorted(range(len(slots)), key=lambda i: self._row[slots[i]])
 
-    def _greedy_step(self, place: Place, tokens_B: mx.array, limit: int | None) -> mx.array:
-        hidden_BD = self._decoder(tokens_B[:, None], self._block(place))
+    def _greedy_step(self, block: Block, tokens_B: mx.array, limit: int | None) -> mx.array:
+        hidden_BD = self._decoder(tokens_B[:, None], block)
         ids_B = best_ids(self._decoder.logits(hidden_BD), limit)
         mx.async_eval(ids_B)  # type: ignore[no-untyped-call]
         return ids_B
@@ -148,8 +192,8 @@ class MLXSlots:
         if short:
             count = max(len(piece.tokens) for piece in short)
             first = self._row[short[0].slot]
-            place = Place.at(first, [piece.start for piece in short], count)
-            parts.append((len(short), count, self._block(place)))
+            block = self._block(first, [piece.start for piece in short], count)
+            parts.append((len(short), count, block))
         for piece in (*short, *(piece for piece in pieces if not piece.short)):
             end = len(tokens) + len(piece.tokens)
             found.append((piece.feed, range(end - piece.wanted, end)))
@@ -171,5 +215,5 @@ class MLXSlots:
             self._decoder.heads, self._store, self._row[piece.slot], piece.start, len(piece.tokens)
         )
 
-    def _block(self, place: Place) -> Block:
-        return Block(self._decoder.heads, self._store, place)
+    def _block(self, first: int, starts: Sequence[int], count: int) -> Block:
+        return Block(self._decoder.heads, self._store, first, starts, count)

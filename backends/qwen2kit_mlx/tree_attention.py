@@ -33,8 +33,10 @@ class Tree:
         step = PAD_TOKENS if heads.kernels.pads else 1
         self.count = -(-len(pack.tokens) // step) * step
         self._start = len(pack.kept)
-        store.reserve(self._start + self.count)
-        self._end = store.room if heads.kernels.pads else self._start + self.count
+        end = self._start + self.count
+        for window in heads.kinds:
+            store.reserve(window, end)
+        self._end = store.room(heads.windows[0]) if heads.kernels.pads else end
         positions = np.pad(pack.positions, (0, self.count - len(pack.tokens)))
         self._rotation = heads.rotary.scattered(positions)
         self._views = heads.views(self._view)

@@ -18,7 +18,7 @@ from tests.unit.mlx.setup_mlx import model  # noqa: E402
 def test_a_token_takes_what_the_store_takes(bits: int | None) -> None:
     spec = small_spec(head_dim=64)
     store = SlotStore(spec, 3, mx.bfloat16, bits)
-    store.reserve(512)
+    store.reserve(None, 512)
     stored = sum(array.nbytes for array in store.arrays())
     assert stored == 3 * 512 * token_bytes(spec, mx.bfloat16, bits)
 

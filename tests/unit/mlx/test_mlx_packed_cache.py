@@ -111,7 +111,7 @@ def test_memory_shrinks(bits: int, share: float) -> None:
     stores = [SlotStore(SPEC, 2, mx.bfloat16, width) for width in (None, bits)]
     sizes = []
     for store in stores:
-        store.reserve(1024)
+        store.reserve(None, 1024)
         sizes.append(sum(array.nbytes for array in store.arrays()))
     assert sizes[1] <= share * sizes[0]
 
