@@ -73,6 +73,7 @@ def test_packed_and_tied(name: str, tmp_path: Path) -> None:
         ("tp2", Case(tied=True, packed=True, plan={"compile": True})),
         # Joint products, fused norms and operators, computed again under FSDP.
         ("fsdp2", Case(packed=True, plan={"compile": True, "recompute": "selective"})),
+        ("fsdp2-cp2", Case(tied=True, packed=True, plan={"compile": True})),
     ],
 )
 def test_other_models_and_plans(name: str, case: Case, tmp_path: Path) -> None:

@@ -68,9 +68,9 @@ def build(
         use_float8(network)
     if mesh.size("tp") > 1:
         parallelize(network, stage_params(spec, place), mesh["tp"])
-    elif compiled and (mesh.size("fsdp") == 1 or plan.recompute != "none"):
-        # Without recomputation the joined weights would be kept, undivided, for the backward pass.
-        _fuse(network)
+    elif compiled:
+        # Without recomputation joined weights would be kept, undivided, for the backward pass.
+        _fuse(network, joint=mesh.size("fsdp") == 1 or plan.recompute != "none")
     arithmetic = Arithmetic(dtype=dtype, loss_chunk_tokens=plan.loss_chunk_tokens)
     stage = TrainStage(network, place, arithmetic, mesh)
     for layer in stage.layers:
@@ -109,12 +109,17 @@ def _copies(spec: ModelSpec, place: Stage) -> frozenset[str]:
     return frozenset({EMBED_TOKENS} if copied else ())
 
 
-def _fuse(network: Qwen2) -> None:
+def _fuse(network: Qwen2, *, joint: bool) -> None:
+    """Fewer passes over memory, where nothing but plain layers is in the way.
+
+    Args:
+        joint: join the weights of projections with the same input.
+    """
     for module in network.modules():
         if isinstance(module, Attention):
-            module.fused = type(module.q_proj) is Linear
+            module.fused = joint and type(module.q_proj) is Linear
         elif isinstance(module, MLP):
-            module.fused = type(module.gate_proj) is Linear
+            module.fused = joint and type(module.gate_proj) is Linear
         elif isinstance(module, DecoderLayer):
             module.fused = all(p.requires_grad for p in module.parameters())
 
