@@ -65,7 +65,7 @@ class WeightLoader:
         self.tensors = self.bytes = 0
 
     def load(self, weights: WeightSource) -> ModelParams:
-        """Build all parameters, one layer in transit at a time.
+        """Build all parameters; the device stacks a layer while the next one is read.
 
         An adapter is kept beside the matrices it updates, not merged into them.
 
@@ -85,7 +85,7 @@ class WeightLoader:
         head = embed if self._spec.tie_word_embeddings else self._single(weights, LM_HEAD)
         layers = tuple(self._layer(weights, modules) for modules in by_layer.values())
         norm = self._vector(weights, FINAL_NORM)
-        mx.eval(norm)
+        mx.eval(norm)  # what came before is ready then
         return ModelParams(embed=embed, layers=layers, norm=norm, head=head)
 
     def export(self, device: mx.Device) -> Iterator[tuple[str, HostTensor]]:
@@ -104,9 +104,9 @@ class WeightLoader:
             gate_up=self._stack(weights, [modules[name] for name in _GATE_UP]),
             down=self._stack(weights, [modules["down_proj"]]),
         )
-        for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
-            mx.eval(matrix.arrays())
-        mx.eval(layer.input_norm, layer.post_norm)
+        matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
+        arrays = [array for matrix in matrices for array in matrix.arrays()]
+        mx.async_eval(arrays, layer.input_norm, layer.post_norm)  # type: ignore[no-untyped-call]
         return layer
 
     def _single(self, weights: WeightSource, name: str) -> Single:
