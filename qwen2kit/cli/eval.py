@@ -159,8 +159,9 @@ def _run(job: Job, directory: Path) -> EvalResult | None:
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit_evals.run import evaluate as run
 
+    plan = ExecutionPlan(device=job.device, dtype=job.dtype)
+
     def load() -> LoadedModel:
-        plan = ExecutionPlan(device=job.device, dtype=job.dtype)
         return load_model(job.model, backend=job.backend, plan=plan, adapter=job.adapter)
 
     processes = join(job)
