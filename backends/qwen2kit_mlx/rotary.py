@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.rope import RoPETable, rope_table
 
+MOST_ROTATIONS = 1 << 15  # by their own offsets in one operation; a GPU's grid ends at 2**16
+
 Rotation = Callable[[mx.array], mx.array]
 
 
@@ -62,9 +64,21 @@ class Rotary:
         places_BTG[:, :, turning:] = 0
         if self._exact:
             return _by_table(*self._tables(places_BTG))
+        if places_BTG.size > MOST_ROTATIONS:
+            return self._stacked_apart(positions_BT, turning)
         offsets = mx.array(places_BTG.reshape(-1).astype(np.int32))
         shape = (rows * count * (turning + still), 1, 1, self._dims)
         return lambda x_BTGC: self._fused(x_BTGC.reshape(shape), offsets).reshape(x_BTGC.shape)
+
+    def _stacked_apart(self, positions_BT: NDArray[np.int64], turning: int) -> Rotation:
+        offsets = mx.array(positions_BT.reshape(-1).astype(np.int32))
+
+        def rotate(x_BTGC: mx.array) -> mx.array:
+            flat_NG1C = x_BTGC.reshape(offsets.shape[0], -1, 1, self._dims)
+            turned = self._fused(flat_NG1C, offsets)[:, :turning]
+            return mx.concatenate([turned, flat_NG1C[:, turning:]], axis=1).reshape(x_BTGC.shape)
+
+        return rotate
 
     def _tables(self, positions: NDArray[np.int64]) -> tuple[mx.array, mx.array]:
         cos, sin = self._table.cos_sin(positions.reshape(-1))

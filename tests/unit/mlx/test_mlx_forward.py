@@ -60,8 +60,10 @@ def test_rotation_is_exact_far_out(start: int, scaling: object) -> None:
     assert rotary.score_scale == pytest.approx(factor**2 / 8)
 
 
-def test_every_way_to_rotate_is_the_same() -> None:
+@pytest.mark.parametrize("most", [1 << 15, 1])
+def test_every_way_to_rotate_is_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any positions, with values that stay, fused or by table, as one row after the other."""
+    monkeypatch.setattr("qwen2kit_mlx.rotary.MOST_ROTATIONS", most)
     spec = small_spec(head_dim=16)
     x = mx.random.normal((2, 3, 5, 16)).astype(mx.float16)  # rows, tokens, heads (two are values)
     positions = np.array([[3, 4, 5], [90, 91, 92]])
