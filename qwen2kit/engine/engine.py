@@ -28,6 +28,8 @@ from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.generate.sampling import Drawn
 from qwen2kit.weights.tensor import HostTensor
 
+_MOST_PASSED_OVER = 8
+
 
 class Engine:
     """Continues requests together, each as if it were alone. Not thread-safe.
@@ -192,11 +194,14 @@ class Engine:
     def _admit(self) -> None:
         """Give slots to those that wait, in order; one that another one's prefix will soon serve
         is passed over until then."""
+        passed_over = 0
         for sequence in list(islice(self._waiting, self._table.free)):
             place = self._table.find(sequence.tokens)
             if place is not None:
                 self._waiting.remove(sequence)
                 self._seat(sequence, place)
+            elif (passed_over := passed_over + 1) == _MOST_PASSED_OVER:
+                break
 
     def _seat(self, sequence: Sequence, place: Place) -> None:
         if place.source != place.slot:
