@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from eval_requests import Requests
 
 Answers = tuple[list[tuple[float, bool]], list[str]]

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from eval_peers import Answers, LmEval, MlxLm, Ours, note, questions, release, share
 from eval_requests import Requests, save_answers
 
