@@ -33,6 +33,9 @@ def chat(
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
     ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
@@ -92,7 +95,7 @@ def chat(
         model if model is not None else _default_model(),
         Extras(adapter, draft, prompt_lookup, schema, regex, tools),
         backend=backend,
-        plan=ExecutionPlan(device=device, dtype=dtype),
+        plan=ExecutionPlan(device=device, dtype=dtype, cache_bits=cache_bits),
         system=system,
         sampling=sampling,
     )

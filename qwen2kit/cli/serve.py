@@ -15,6 +15,7 @@ from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
+    from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.serve.server import Serving
 
 _KEY_VARIABLE = "QWEN2KIT_API_KEY"
@@ -42,6 +43,9 @@ def serve(
     adapter: Annotated[
         str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
     ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
+    ] = None,
     context: Annotated[
         int, typer.Option(min=2, help="Longest sequence, prompt and answer, in tokens.")
     ] = 8192,
@@ -68,6 +72,7 @@ def serve(
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page at /."""
     _require_extra()
     _check_key(api_key)
+    from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.engine.text import TextEngine
     from qwen2kit.serve.limits import Limits
     from qwen2kit.serve.own_thread import OwnThread
@@ -86,7 +91,8 @@ def serve(
     home = OwnThread("engine")
 
     def load() -> tuple[LoadedModel, TextEngine]:
-        loaded = _load(model, backend=backend, dtype=dtype, device=device, adapter=adapter)
+        plan = ExecutionPlan(device=device, dtype=dtype, cache_bits=cache_bits)
+        loaded = _load(model, backend=backend, plan=plan, adapter=adapter)
         make_drafter = drafter_maker(loaded, draft, prompt_lookup)
         capacity = min(context, loaded.model.limit)
         drafter = None if make_drafter is None else make_drafter(slots, capacity)
@@ -129,11 +135,9 @@ def _require_extra() -> None:
             raise MissingExtra("serve", package)
 
 
-def _load(model: str, *, backend: str, dtype: str, device: str, adapter: str | None) -> LoadedModel:
+def _load(model: str, *, backend: str, plan: ExecutionPlan, adapter: str | None) -> LoadedModel:
     from qwen2kit.backend.loading import load_model
-    from qwen2kit.backend.plan import ExecutionPlan
 
-    plan = ExecutionPlan(device=device, dtype=dtype)
     with console().status(f"loading {model}"):
         loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
     for note in loaded.checkpoint.notes:
