@@ -10,6 +10,7 @@ import pytest
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import Backend, CompiledModel, ScoreRequest
 from qwen2kit.backend.registry import get
+from qwen2kit.engine.generate import generate
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import DualChunkSpec, MoESpec, RoPESpec, YarnScaling
@@ -48,7 +49,7 @@ def test_export_returns_what_was_loaded(name: str, dtype: Any, generated_before:
     source = MemorySource({n: exact.read(n).astype(dtype) for n in exact.names()})
     model = ours(spec, source, dtype=dtype)
     if generated_before:
-        list(model.generate([TOKENS], Sampling(max_new_tokens=3)))
+        list(generate(model, [TOKENS], Sampling(max_new_tokens=3)))
     exported = list(model.export())
     assert [n for n, _ in exported] == [param.name for param in schema(spec)]
     for n, tensor in exported:
@@ -79,7 +80,7 @@ def test_read_only_buffers_are_shared_and_never_written() -> None:
     )
     model = ours(spec, frozen)
     before = model.logits(TOKENS)
-    list(model.generate([TOKENS], Sampling(max_new_tokens=4)))
+    list(generate(model, [TOKENS], Sampling(max_new_tokens=4)))
     embedding = model.module.model.embed_tokens.weight
     first = np.frombuffer(frozen.read("model.embed_tokens.weight").data, np.uint8)
     assert embedding.data_ptr() == first.ctypes.data
@@ -90,7 +91,7 @@ def test_read_only_buffers_are_shared_and_never_written() -> None:
 def test_loading_again_replaces_everything(dtype: str) -> None:
     spec = SPECS["tied"]
     model = ours(spec, random_weights(spec, seed=1), dtype=dtype)
-    list(model.generate([TOKENS], Sampling(max_new_tokens=3)))
+    list(generate(model, [TOKENS], Sampling(max_new_tokens=3)))
     model.load(random_weights(spec))
     assert np.array_equal(model.logits(TOKENS), ours(spec, dtype=dtype).logits(TOKENS))
 
@@ -134,7 +135,7 @@ def test_dual_chunk_runs_only_where_it_is_full_attention() -> None:
     assert np.array_equal(model.logits([*TOKENS, 1]), ours(small_spec()).logits([*TOKENS, 1]))
     with pytest.raises(BackendError, match="dual chunk"):
         model.logits([*TOKENS, 1, 2])
-    events = list(model.generate([TOKENS[:15]], Sampling(max_new_tokens=50)))
+    events = list(generate(model, [TOKENS[:15]], Sampling(max_new_tokens=50)))
     assert len(events) == 6
     with pytest.raises(BackendError, match="dual chunk"):
         model.module(torch.tensor([[*TOKENS, 1, 2]]))
@@ -163,7 +164,7 @@ def test_bad_input_is_refused(tokens: list[int], message: str) -> None:
     for call in (
         lambda: model.logits(tokens),
         lambda: model.hidden_states(tokens),
-        lambda: list(model.generate([[1, 2], tokens], Sampling())),
+        lambda: list(generate(model, [[1, 2], tokens], Sampling())),
     ):
         with pytest.raises(BackendError, match=message):
             call()

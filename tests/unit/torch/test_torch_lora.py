@@ -12,8 +12,8 @@ import pytest
 from qwen2kit.adapters.lora import Adapter, LowRank, adaptable, factor_names, lora_scale
 from qwen2kit.adapters.merge import AdaptedSource
 from qwen2kit.backend.plan import LoRAPlan
+from qwen2kit.backend.slots import Feed
 from qwen2kit.errors import BackendError
-from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.tensor import HostTensor
 from tests.conftest import random_weights, small_spec
@@ -248,14 +248,18 @@ def test_dropout_drops_the_adapters_input_only_and_keeps_its_mean() -> None:
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 def test_it_generates_between_steps_and_trains_on(quantize: Any) -> None:
     """In a bfloat16 run the frozen matrices are bfloat16, embedding and norms are not."""
-    from qwen2kit_torch.generate import generate
+    from qwen2kit_torch.engine.eager import EagerSlots
 
     plan = LoRAPlan(rank=4, alpha=8.0, targets=("q_proj", "up_proj"), quantize=quantize)
     model = network(small_spec(tied=False), plan, dtype=torch.bfloat16, random_b=True)
-    events = list(generate(model, [TOKENS], Sampling(max_new_tokens=4), limit=64))
+    slots = EagerSlots(model, count=1, capacity=64)
+    slots.feed([Feed(0, 0, tuple(TOKENS[:-1]), 0)])
+    run = slots.run_greedy([Feed(0, len(TOKENS) - 1, (TOKENS[-1],))], None)
+    found = [next(run)[0] for _ in range(4)]
+    slots.close()
     with torch.inference_mode():
         best = int(model(torch.tensor([TOKENS]))[0, -1].argmax())
-    assert events[0].token == best
+    assert found[0] == best
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(ROWS)
     assert logits.dtype == torch.bfloat16
