@@ -78,22 +78,24 @@ def _chunks(backend: Backend, spec: ModelSpec) -> None:
         require(done == len(_LONG), "the case is wrong")
 
 
-def _truncate(backend: Backend) -> None:
-    with _slots(backend) as slots:
+def _truncate(backend: Backend, spec: ModelSpec) -> None:
+    with _slots(backend, spec) as slots:
         slots.feed([Feed(0, 0, _LONG, 1), Feed(1, 0, _LONG, 1)])
         logits = slots.feed([Feed(0, 11, _SHORT, 5), Feed(1, 0, _SHORT, 2)])
-        _expect(logits, ((*_LONG[:11], *_SHORT), 5), (_SHORT, 2))
+        _expect(logits, ((*_LONG[:11], *_SHORT), 5), (_SHORT, 2), spec=spec)
         logits = slots.feed([Feed(0, 15, _MIDDLE, 1), Feed(1, 4, (9, 9, 9), 3)])
-        _expect(logits, ((*_LONG[:11], *_SHORT[:4], *_MIDDLE), 1), ((*_SHORT[:4], 9, 9, 9), 3))
+        first, second = (*_LONG[:11], *_SHORT[:4], *_MIDDLE), (*_SHORT[:4], 9, 9, 9)
+        _expect(logits, (first, 1), (second, 3), spec=spec)
 
 
-def _copy(backend: Backend) -> None:
-    with _slots(backend) as slots:
+def _copy(backend: Backend, spec: ModelSpec) -> None:
+    with _slots(backend, spec) as slots:
         slots.feed([Feed(0, 0, _LONG, 1), Feed(2, 0, _MIDDLE, 1)])
         slots.copy(0, 2, 30)
         slots.copy(2, 1, 1)
         logits = slots.feed([Feed(2, 30, _SHORT, 2), Feed(0, 40, (3,)), Feed(1, 1, (4, 5))])
-        _expect(logits, ((*_LONG[:30], *_SHORT), 2), ((*_LONG, 3), 1), ((_LONG[0], 4, 5), 1))
+        first, second, third = (*_LONG[:30], *_SHORT), (*_LONG, 3), (_LONG[0], 4, 5)
+        _expect(logits, (first, 2), (second, 1), (third, 1), spec=spec)
 
 
 def _greedy_of(ids: tuple[int, ...], count: int, limit: int | None = None) -> tuple[int, ...]:
@@ -261,8 +263,18 @@ CASES = (
         partial(_chunks, spec=WINDOW),
         lambda has: has.sliding_window,
     ),
-    Case("slots/truncate", _truncate),
-    Case("slots/copy", _copy),
+    Case("slots/truncate", partial(_truncate, spec=UNTIED)),
+    Case("slots/copy", partial(_copy, spec=UNTIED)),
+    Case(
+        "slots/truncate-sliding-window",
+        partial(_truncate, spec=WINDOW),
+        lambda has: has.sliding_window,
+    ),
+    Case(
+        "slots/copy-sliding-window",
+        partial(_copy, spec=WINDOW),
+        lambda has: has.sliding_window,
+    ),
     Case("slots/run-greedy", _run_greedy),
     Case("slots/run-greedy-to-the-end", _run_to_the_end),
     Case("slots/greedy", _greedy),
