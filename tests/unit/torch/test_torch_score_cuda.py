@@ -23,7 +23,7 @@ def _requests() -> list[ScoreRequest]:
         question = header[: int(rng.integers(20, 60))] + tuple(rng.integers(0, 199, 17).tolist())
         requests += [ScoreRequest(question, (choice,)) for choice in (5, 6, 7)]
         requests.append(ScoreRequest(question, tuple(rng.integers(0, 199, 9).tolist())))
-    return [*requests, ScoreRequest((1,), tuple(rng.integers(0, 199, 300).tolist()))]
+    return [*requests, ScoreRequest((1,), tuple(rng.integers(0, 199, 230).tolist()))]
 
 
 @pytest.mark.parametrize("name", SPECS)
