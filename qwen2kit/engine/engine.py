@@ -15,7 +15,8 @@ from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
-from qwen2kit.backend.slots import Feed, PersistentSlots
+from qwen2kit.backend.slots import PersistentSlots
+from qwen2kit.engine.batching import compose
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
 from qwen2kit.engine.jump_ahead import JumpAhead
@@ -233,25 +234,7 @@ class Engine:
 
     def _advance(self) -> list[TokenEvent]:
         """One pass over all that run."""
-        drafts = self._drafts()
-        budget = self._prefill
-        feeds, blocks = [], []
-        for sequence in self._running.values():
-            count = sequence.unfed
-            if count > 1:
-                count = min(count, budget)
-                budget -= count
-            if count == 0:
-                continue
-            draft = drafts.get(sequence.key, ())
-            end = sequence.fed + count
-            done = end == len(sequence.tokens)
-            tokens = (*sequence.tokens[sequence.fed : end], *draft)
-            wanted = len(draft) + 1 if done else 0
-            feeds.append(Feed(sequence.slot, sequence.fed, tokens, wanted))
-            sequence.fed = end
-            if done:
-                blocks.append(Block(sequence, draft))
+        feeds, blocks = compose(self._running.values(), self._drafts(), self._prefill)
         logits = self._slots.feed(feeds)
         if not blocks:
             return []
