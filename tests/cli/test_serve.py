@@ -492,3 +492,38 @@ def test_refusals_are_one_line(model_dir: Path, server: Server) -> None:
     assert empty.returncode == 2
     for done in (taken, hidden, empty):
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_real_model_calls_a_tool_and_reads_its_answer(real_gguf: Path) -> None:
+    pytest.importorskip("llguidance")
+    city = {"type": "string", "maxLength": 40}
+    parameters = {"type": "object", "properties": {"city": city}, "required": ["city"],
+                  "additionalProperties": False}  # fmt: skip
+    function = {"name": "get_weather", "description": "Weather of a city now."}
+    tools = [{"type": "function", "function": {**function, "parameters": parameters}}]
+    asked = [{"role": "user", "content": "What is the weather in Paris right now?"}]
+    options = {"model": "real", "temperature": 0, "max_tokens": 48}
+    with Server(real_gguf, "--name", "real", "--slots", "2", "--context", "2048") as real:
+        client = openai.OpenAI(base_url=f"{real.url}/v1", api_key="any", timeout=300)
+        said = client.chat.completions.create(
+            messages=asked, tools=tools, tool_choice="required", parallel_tool_calls=False,
+            **options,
+        ).choices[0].message  # fmt: skip
+        (call,) = said.tool_calls
+        assert call.function.name == "get_weather"
+        assert "Paris" in json.loads(call.function.arguments)["city"]
+        result = {"role": "tool", "tool_call_id": call.id, "content": "18 degrees and cloudy"}
+        told = client.chat.completions.create(
+            messages=[*asked, said.model_dump(exclude_none=True), result], tools=tools,
+            tool_choice="none", **options,
+        )  # fmt: skip
+        assert "18" in told.choices[0].message.content
+        pet = client.chat.completions.create(
+            messages=[{"role": "user", "content": "A cat as JSON with name and legs."}],
+            response_format={"type": "json_schema", "json_schema": {"name": "p", "schema": SCHEMA}},
+            **options,
+        ).choices[0].message.content  # fmt: skip
+        assert json.loads(pet) == {"name": "cat", "legs": 4}
+        assert real.metric("qwen2kit_cached_tokens_total") > 0
