@@ -64,12 +64,12 @@ def ask(loaded: LoadedModel, question: Question) -> dict[str, Any]:
     from qwen2kit.generate.chat_session import ChatSession
 
     session = ChatSession(loaded, max_new_tokens=32, temperature=0.0)
-    text = "".join(session.send(question.messages[-1]["content"]))
+    list(session.send(question.messages[-1]["content"]))
     assert session.last is not None
     return {
         "question": question.messages[-1]["content"],
         "expected": question.answer,
-        "answer": text,
+        "answer": session.last.text,
         "finish_reason": session.last.finish_reason,
     }
 
