@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -61,11 +62,12 @@ class WeightLoader:
     def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: mx.Dtype) -> None:
         self._spec, self._kernels, self._dtype = spec, kernels, dtype
         self._homes: dict[str, _Home] = {}
+        self._unread: dict[Path, dict[str, mx.array]] = {}
         self._update: Callable[[str], LowRank | None] = lambda name: None
         self.tensors = self.bytes = 0
 
     def load(self, weights: WeightSource) -> ModelParams:
-        """Build all parameters; the device stacks a layer while the next one is read.
+        """Build all parameters; a layer is read while the one before it is stacked.
 
         An adapter is kept beside the matrices it updates, not merged into them.
 
@@ -83,10 +85,17 @@ class WeightLoader:
                 by_layer.setdefault(param.layer, {}).setdefault(module, {})[leaf] = param
         embed = self._single(weights, EMBED_TOKENS)
         head = embed if self._spec.tie_word_embeddings else self._single(weights, LM_HEAD)
-        layers = tuple(self._layer(weights, modules) for modules in by_layer.values())
         norm = self._vector(weights, FINAL_NORM)
-        mx.eval(norm)  # what came before is ready then
-        return ModelParams(embed=embed, layers=layers, norm=norm, head=head)
+        layers: list[LayerParams] = []
+        before = [*embed.arrays(), *head.arrays(), norm]
+        for modules in by_layer.values():
+            layers.append(self._layer(weights, modules))
+            arrays = _arrays(layers[-1])
+            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+            mx.eval(before)
+            before = arrays
+        mx.eval(before)
+        return ModelParams(embed=embed, layers=tuple(layers), norm=norm, head=head)
 
     def export(self, device: mx.Device) -> Iterator[tuple[str, HostTensor]]:
         """Canonical dense tensors in schema order, in the compute dtype."""
@@ -96,7 +105,7 @@ class WeightLoader:
             yield param.name, tensor
 
     def _layer(self, weights: WeightSource, modules: dict[str, dict[str, Param]]) -> LayerParams:
-        layer = LayerParams(
+        return LayerParams(
             input_norm=self._vector(weights, modules["input_layernorm"]["weight"].name),
             qkv=self._stack(weights, [modules[name] for name in _QKV]),
             o=self._stack(weights, [modules["o_proj"]]),
@@ -104,14 +113,9 @@ class WeightLoader:
             gate_up=self._stack(weights, [modules[name] for name in _GATE_UP]),
             down=self._stack(weights, [modules["down_proj"]]),
         )
-        matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
-        arrays = [array for matrix in matrices for array in matrix.arrays()]
-        mx.async_eval(arrays, layer.input_norm, layer.post_norm)  # type: ignore[no-untyped-call]
-        return layer
 
     def _single(self, weights: WeightSource, name: str) -> Single:
         matrix = self._matrix(weights, name, None)
-        mx.eval(matrix.arrays())
         self._homes[name] = _Home(matrix, 0, weights.info(name).shape[0])
         return matrix
 
@@ -156,7 +160,25 @@ class WeightLoader:
 
     def _raw(self, tensor: HostTensor) -> mx.array:
         self.bytes += tensor.nbytes
-        return to_device(tensor)
+        if tensor.origin is None or not self._kernels.lazy:
+            return to_device(tensor)
+        path, name = tensor.origin
+        if name not in self._unread.get(path, {}):
+            self._unread[path] = _opened(path)
+        return self._unread[path].pop(name)  # dropped here, so that stacking frees it
+
+
+def _opened(path: Path) -> dict[str, mx.array]:
+    """All tensors of a safetensors file; MLX reads each one when it is needed, in threads."""
+    loaded = mx.load(str(path), stream=mx.cpu)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def _arrays(layer: LayerParams) -> list[mx.array]:
+    matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
+    stored = [array for matrix in matrices for array in matrix.arrays()]
+    return [layer.input_norm, layer.post_norm, *stored]
 
 
 def _stacked(parts: list[Single], sizes: list[int]) -> Matrix:

@@ -73,7 +73,8 @@ class SafetensorsFile:
     def read(self, name: str) -> HostTensor:
         """The tensor as a view into the map."""
         info, entry = self.info(name), self._entry(name)
-        return HostTensor(info.dtype, info.shape, self._data[entry.begin : entry.end])
+        data = self._data[entry.begin : entry.end]
+        return HostTensor(info.dtype, info.shape, data, origin=(self.path, name))
 
     def affine(self, name: str) -> AffineTensor | None:
         """Always None: the plain format has no quantisation."""

@@ -6,13 +6,15 @@ usually a view into a memory-mapped file, so holding a HostTensor costs no memor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from qwen2kit.errors import WeightError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -36,6 +38,8 @@ class HostTensor:
         dtype: element type; ``bfloat16`` is stored as its 16 raw bits.
         shape: dimensions.
         data: exactly ``prod(shape) * itemsize`` bytes; may be a read-only memory map.
+        origin: the safetensors file and the name in it whose bytes these are, for frameworks that
+            read files themselves; None for anything else.
 
     Raises:
         WeightError: the buffer's length does not match dtype and shape.
@@ -44,6 +48,7 @@ class HostTensor:
     dtype: DType
     shape: tuple[int, ...]
     data: memoryview
+    origin: tuple[Path, str] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         expected = prod(self.shape) * ITEM_SIZE[self.dtype]

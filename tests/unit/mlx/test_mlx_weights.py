@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -13,9 +15,12 @@ from qwen2kit.errors import BackendError, WeightError  # noqa: E402
 from qwen2kit.generate.sampling import Sampling  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
 from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD, schema  # noqa: E402
+from qwen2kit.weights.checkpoint import open_checkpoint  # noqa: E402
+from qwen2kit.weights.convert import convert  # noqa: E402
 from qwen2kit.weights.source import MemorySource  # noqa: E402
 from qwen2kit_mlx.backend import MLXBackend  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
+from tests.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
 from tests.unit.mlx.setup_mlx import (  # noqa: E402
     KERNELS,
     SPECS,
@@ -140,3 +145,30 @@ def test_nothing_runs_before_load() -> None:
     ):
         with pytest.raises(BackendError, match="call load first"):
             use()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_files_are_read_by_mlx_itself(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dense and packed directories, each file opened once; the same tensors to the bit."""
+    write_tiny_checkpoint(tmp_path / "hf", head_dim=32)
+    convert(open_checkpoint(tmp_path / "hf"), tmp_path / "mlx", to="mlx", quantize_bits=4,
+            group_size=32)  # fmt: skip
+    opened: list[str] = []
+    load = mx.load
+
+    def counted(path: str, **options: object) -> object:
+        opened.append(path)
+        return load(path, **options)
+
+    monkeypatch.setattr(mx, "load", counted)
+    for form in ("hf", "mlx"):
+        checkpoint = open_checkpoint(tmp_path / form)
+        opened.clear()
+        by_mlx = model(checkpoint.spec, checkpoint.weights, "native", getattr(mx, dtype))
+        assert len(opened) == 1
+        by_map = model(checkpoint.spec, checkpoint.weights, "host", getattr(mx, dtype))
+        assert len(opened) == 1
+        for (name, got), (_, expected) in zip(by_mlx.export(), by_map.export(), strict=True):
+            assert np.array_equal(got.raw(), expected.raw()), name
