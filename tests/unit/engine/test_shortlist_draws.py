@@ -83,7 +83,8 @@ def test_the_same_tokens_as_the_whole_row(
         assert np.isfinite(apply_edit(row, edit)[found.token])
         if sampling.reports:
             assert found.logprob == pytest.approx(expected.logprob, abs=1e-5)
-            assert [i for i, _ in found.top] == [i for i, _ in expected.top] or grid
+            equals = grid or not scale  # whose order is open
+            assert equals or [i for i, _ in found.top] == [i for i, _ in expected.top]
             assert [p for _, p in found.top] == pytest.approx(
                 [p for _, p in expected.top], abs=1e-5
             )
