@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import mlx.core as mx
 
-from qwen2kit.backend.limits import check_cache_bits, context_limit
+from qwen2kit.backend.limits import check_cache_bits, check_weight_bits, context_limit
 from qwen2kit.backend.meter import DeviceMeter
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
@@ -63,6 +63,7 @@ class MLXBackend:
                 f"the mlx backend does not run mixture-of-experts models ({spec.model_type})"
             )
         check_cache_bits(plan, CACHE_BITS)
+        check_weight_bits(plan, ())
         if plan.cache_bits is not None and group_size(spec.head_dim) is None:
             raise BackendError(
                 f"cache_bits needs heads whose size is a multiple of {GROUP_SIZES[-1]}; this "

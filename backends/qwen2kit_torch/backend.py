@@ -11,6 +11,7 @@ from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, CompiledMo
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.compiled import TorchModel
 from qwen2kit_torch.devices import DTYPES, devices
+from qwen2kit_torch.quantized import BITS
 
 
 class TorchBackend:
@@ -20,9 +21,14 @@ class TorchBackend:
     protocol_version = PROTOCOL_VERSION
 
     def capabilities(self) -> Capabilities:
-        """Dense models with full or sliding-window attention; quantised weights are expanded."""
+        """Dense models with full or sliding-window attention; quantised weights are
+        expanded unless the plan asks for ``weight_bits``."""
         return Capabilities(
-            dtypes=tuple(DTYPES), trains=True, distributed=True, sliding_window=True
+            dtypes=tuple(DTYPES),
+            weight_bits=BITS,
+            trains=True,
+            distributed=True,
+            sliding_window=True,
         )
 
     def devices(self) -> tuple[Device, ...]:

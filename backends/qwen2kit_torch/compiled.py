@@ -12,6 +12,7 @@ from qwen2kit.backend.limits import (
     check_cache_bits,
     check_scores,
     check_tokens,
+    check_weight_bits,
     context_limit,
 )
 from qwen2kit.backend.plan import ExecutionPlan
@@ -26,6 +27,7 @@ from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights, can_capture, join
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.prefill import logits_in_slices
+from qwen2kit_torch.quantized import BITS, quantize_layers
 from qwen2kit_torch.score import score
 from qwen2kit_torch.weights import export_weights, load_weights
 
@@ -59,12 +61,15 @@ class TorchModel:
         self.device = resolve_device(plan)
         self.dtype = resolve_dtype(plan, self.device)
         check_cache_bits(plan, ())
+        check_weight_bits(plan, BITS)
         self.limit = context_limit(spec, plan)
         if plan.cpu_threads is not None:
             torch.set_num_threads(plan.cpu_threads)
         self._joined: JoinedWeights | None = None
         masters = plan.train is not None
         self.module = Qwen2(spec, device="meta", dtype=torch.float32 if masters else self.dtype)
+        if plan.weight_bits is not None:
+            quantize_layers(self.module, bits=plan.weight_bits, group=plan.weight_group_size)
 
     def load(self, weights: WeightSource) -> LoadReport:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""

@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 from qwen2kit.backend.protocol import LoadReport
 from qwen2kit.spec.schema import schema
+from qwen2kit.weights.affine import unpack
 from qwen2kit.weights.match import check_fits
-from qwen2kit.weights.source import WeightSource
+from qwen2kit.weights.source import AffineTensor, WeightSource
 from qwen2kit.weights.tensor import DType, HostTensor
 from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.model import Qwen2
+from qwen2kit_torch.quantized import (
+    Quantized,
+    QuantizedLinear,
+    divides,
+    in_planes,
+    quantize,
+)
 
 _TORCH: dict[DType, torch.dtype] = {
     "float64": torch.float64, "float32": torch.float32, "float16": torch.float16,
@@ -35,7 +43,8 @@ def load_weights(model: Qwen2, weights: WeightSource, *, device: torch.device) -
 
     Args:
         model: parameters may still be on the meta device.
-        weights: canonical tensors; quantised ones are dequantised.
+        weights: canonical tensors; quantised ones are dequantised, unless the layer is to hold them
+            in so many bits.
         device: where parameters go.
 
     Raises:
@@ -46,9 +55,7 @@ def load_weights(model: Qwen2, weights: WeightSource, *, device: torch.device) -
     total = 0
     model.discard_packed()
     for param in schema(model.spec):
-        host = weights.read(param.name)
-        total += host.nbytes
-        _assign(model, param.name, as_tensor(host), device)
+        total += _fill(model, param.name, weights, device)
     return LoadReport(
         tensors=len(schema(model.spec)), bytes=total, seconds=time.perf_counter() - started
     )
@@ -79,8 +86,33 @@ def as_host(tensor: Tensor) -> HostTensor:
     return HostTensor(_HOST[tensor.dtype], tuple(tensor.shape), raw.data)
 
 
-def _assign(model: Qwen2, name: str, source: Tensor, device: torch.device) -> None:
+def _fill(model: Qwen2, name: str, weights: WeightSource, device: torch.device) -> int:
+    """Read one parameter into its module; returns the bytes read."""
     path, _, leaf = name.rpartition(".")
     module: nn.Module = model.get_submodule(path)
+    if leaf == "weight" and isinstance(module, QuantizedLinear):
+        stored = weights.affine(name)
+        matrix = None if stored is None else _as_stored(stored, module.bits, device)
+        if stored is not None and matrix is not None:
+            module.fill(matrix)
+            return stored.packed.nbytes + stored.scales.nbytes + stored.biases.nbytes
+        host = weights.read(name)
+        dense = as_tensor(host).to(device, module.dtype)
+        module.fill(quantize(dense, bits=module.bits, group=module.group))
+        return host.nbytes
+    host = weights.read(name)
     current: nn.Parameter = getattr(module, leaf)
-    setattr(module, leaf, nn.Parameter(source.to(device, current.dtype), requires_grad=False))
+    value = as_tensor(host).to(device, current.dtype)
+    setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+    return host.nbytes
+
+
+def _as_stored(tensor: AffineTensor, bits: int, device: torch.device) -> Quantized | None:
+    """A matrix as the checkpoint holds it; None if its codes are other ones than wanted."""
+    group = tensor.group_size
+    width = tensor.packed.shape[-1] * 32 // tensor.bits
+    if tensor.bits != bits or not divides(width, bits, group):
+        return None
+    codes = torch.from_numpy(unpack(np.asarray(tensor.packed.raw(), dtype=np.uint32), bits))
+    scales, offsets = (as_tensor(part).to(device) for part in (tensor.scales, tensor.biases))
+    return Quantized(in_planes(codes.to(device), bits), scales, offsets, bits, group)

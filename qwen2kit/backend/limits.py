@@ -50,6 +50,23 @@ def check_cache_bits(plan: ExecutionPlan, supported: tuple[int, ...]) -> None:
     )
 
 
+def check_weight_bits(plan: ExecutionPlan, supported: tuple[int, ...]) -> None:
+    """Refuse a ``plan.weight_bits`` that is not one of `Capabilities.weight_bits`.
+
+    Raises:
+        BackendError: saying what there is.
+    """
+    if plan.weight_bits is None or plan.weight_bits in supported:
+        return
+    raise BackendError(
+        f"this backend quantises weights to {' or '.join(map(str, supported))} bits, not to "
+        f"{plan.weight_bits}"
+        if supported
+        else "this backend does not quantise weights itself; convert the checkpoint with --bits, "
+        "or use --backend torch"
+    )
+
+
 def check_tokens(tokens: Sequence[int], spec: ModelSpec, limit: int, what: str) -> None:
     """Refuse empty, too long or out-of-vocabulary input.
 

@@ -99,6 +99,10 @@ class ExecutionPlan:
             are bit-identical only for equal numbers.
         cache_bits: keep keys and values of generated text in so many bits instead of the compute
             dtype (see `Capabilities.cache_bits`); None keeps them as they are.
+        weight_bits: keep the decoder's matrices in so many bits (see `Capabilities.weight_bits`):
+            they are quantised while loading, or taken as they are from a checkpoint stored in
+            that many. None leaves it to the checkpoint and the backend. Not for training.
+        weight_group_size: weights that share a scale: 32, 64 or 128.
     """
 
     device: str = "auto"
@@ -107,10 +111,18 @@ class ExecutionPlan:
     max_seq_len: int | None = None
     cpu_threads: int | None = None
     cache_bits: int | None = None
+    weight_bits: int | None = None
+    weight_group_size: int = 64
 
     def __post_init__(self) -> None:
         if self.cpu_threads is not None and self.cpu_threads < 1:
             raise ConfigError(f"cpu_threads must be at least 1, got {self.cpu_threads}")
+        if self.weight_group_size not in (32, 64, 128):
+            raise ConfigError(
+                f"weight_group_size must be 32, 64 or 128, got {self.weight_group_size}"
+            )
+        if self.weight_bits is not None and self.train is not None:
+            raise ConfigError("weight_bits is for inference; train with adapter.quantize instead")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(
                 f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype!r}"

@@ -50,11 +50,13 @@ class Device:
 class Capabilities:
     """What a backend can do; everything else is refused with a message before work starts.
 
-    ``quantized_bits`` are those of weights, ``cache_bits`` those of cached keys and values.
+    ``quantized_bits`` are those of checkpoints whose weights stay packed, ``weight_bits`` those it
+    quantises to itself, ``cache_bits`` those of cached keys and values.
     """
 
     dtypes: tuple[str, ...]
     quantized_bits: tuple[int, ...] = ()
+    weight_bits: tuple[int, ...] = ()
     cache_bits: tuple[int, ...] = ()
     trains: bool = False
     distributed: bool = False

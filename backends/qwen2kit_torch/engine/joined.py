@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.model import DecoderLayer, Qwen2
+from qwen2kit_torch.quantized import Quantized, QuantizedLinear
+
+Matrix = Tensor | Quantized
+_KNOWN = (Linear, QuantizedLinear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +36,12 @@ class LayerWeights:
     """
 
     norm: Tensor
-    heads: Tensor
+    heads: Matrix
     heads_bias: Tensor
-    out: Tensor
+    out: Matrix
     mlp_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Matrix
+    down: Matrix
     window: int | None
 
 
@@ -54,7 +58,8 @@ class JoinedWeights:
 def can_capture(model: Qwen2, device: torch.device) -> bool:
     """Whether decoding steps of a loaded model can be captured on ``device``.
 
-    That takes CUDA and Triton, dense matrices that will not change, and heads of a power of two.
+    That takes CUDA and Triton, plain matrices that will not change (those that share an
+    input in one form), and heads of a power of two.
     """
     size = model.spec.head_dim
     return (
@@ -63,7 +68,11 @@ def can_capture(model: Qwen2, device: torch.device) -> bool:
         and size >= 16
         and size & (size - 1) == 0
         and not any(parameter.requires_grad for parameter in model.parameters())
-        and all(type(m) is Linear for m in model.modules() if isinstance(m, nn.Linear))
+        and all(
+            type(m) in (Linear, QuantizedLinear)
+            for m in model.modules()
+            if isinstance(m, nn.Linear)
+        )
     )
 
 
@@ -79,24 +88,57 @@ def join(model: Qwen2) -> JoinedWeights:
     )
 
 
+def _joints(layer: nn.Module) -> tuple[tuple[Linear, ...], ...]:
+    """Layers whose matrices share an input."""
+    assert isinstance(layer, DecoderLayer)
+    attention, mlp = layer.self_attn, layer.mlp
+    return (
+        (attention.q_proj, attention.k_proj, attention.v_proj),
+        (mlp.gate_proj, mlp.up_proj),
+    )
+
+
+def _alike(linears: Sequence[Linear]) -> bool:
+    """Whether all are dense, or all are in equal bits and groups."""
+    forms = {(m.bits, m.group) if isinstance(m, QuantizedLinear) else None for m in linears}
+    return len(forms) == 1
+
+
 def _join_layer(layer: nn.Module) -> LayerWeights:
     assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.self_attn, layer.mlp
-    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+    heads, gate_up = _joints(layer)
     return LayerWeights(
         norm=layer.input_layernorm.weight.detach(),
-        heads=_joined([linear.weight for linear in heads]),
+        heads=_joined_matrix(heads),
         heads_bias=_joined([linear.bias for linear in heads if linear.bias is not None]),
-        out=attention.o_proj.weight.detach(),
+        out=_joined_matrix([attention.o_proj]),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=_joined([mlp.gate_proj.weight, mlp.up_proj.weight]),
-        down=mlp.down_proj.weight.detach(),
+        gate_up=_joined_matrix(gate_up),
+        down=_joined_matrix([mlp.down_proj]),
         window=attention.window,
+    )
+
+
+def _joined_matrix(linears: Sequence[Linear]) -> Matrix:
+    first = linears[0]
+    if not isinstance(first, QuantizedLinear):
+        return _joined([linear.weight for linear in linears])
+    packed = [linear for linear in linears if isinstance(linear, QuantizedLinear)]
+    assert len(packed) == len(linears)
+    return Quantized(
+        _joined([linear.weight for linear in packed]),
+        _joined([linear.scales for linear in packed]),
+        _joined([linear.offsets for linear in packed]),
+        first.bits,
+        first.group,
     )
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """``parts`` end to end; each becomes a view of the result."""
+    if len(parts) == 1:
+        return parts[0].detach()
     joint = torch.cat([part.detach() for part in parts])
     views = torch.split(joint, [len(part) for part in parts])
     for part, view in zip(parts, views, strict=True):

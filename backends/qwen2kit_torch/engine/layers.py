@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights
 from qwen2kit_torch.engine.kernels import rows as kernels
+from qwen2kit_torch.engine.packed_products import product
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import power_of_two
 
@@ -51,7 +52,7 @@ class Layers:
 
         self.rows = torch.zeros(3, count, dtype=torch.int32, device=device)
         self.x, self._normed, self._added = (values(spec.hidden_size) for _ in range(3))
-        self._joint = values(len(weights.layers[0].heads))
+        self._joint = values(weights.layers[0].heads.shape[0])
         width = spec.num_attention_heads * spec.head_dim
         self._queries, self._mixed = values(width), values(width)
         self._wide = values(2 * spec.intermediate_size)
@@ -76,7 +77,7 @@ class Layers:
     def _layer(self, index: int, layer: LayerWeights, attend: Attend) -> None:
         spec = self._spec
         self._norm(self.x, self._added if index else None, layer.norm, self._normed)
-        torch.addmm(layer.heads_bias, self._normed, layer.heads.t(), out=self._joint)
+        product(self._normed, layer.heads, self._joint, layer.heads_bias)
         keys, values = self._storage.layers[index]
         heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
         kernels.rotate_and_store[(self._r, heads)](
@@ -85,12 +86,12 @@ class Layers:
             spec.head_dim, num_warps=1,
         )  # fmt: skip
         attend(index, self._queries, self._mixed)
-        torch.mm(self._mixed, layer.out.t(), out=self._added)
+        product(self._mixed, layer.out, self._added)
         self._norm(self.x, self._added, layer.mlp_norm, self._normed)
-        torch.mm(self._normed, layer.gate_up.t(), out=self._wide)
+        product(self._normed, layer.gate_up, self._wide)
         ffn = spec.intermediate_size
         kernels.silu_times[(self._r, triton.cdiv(ffn, 1024))](self._wide, self._gated, ffn, 1024)
-        torch.mm(self._gated, layer.down.t(), out=self._added)
+        product(self._gated, layer.down, self._added)
 
     def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, normed: Tensor) -> None:
         """``x += added``, then ``normed`` is its norm."""

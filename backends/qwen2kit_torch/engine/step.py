@@ -7,6 +7,7 @@ the memory's speed; more rows through the vendor's matrix products.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ import triton
 from torch import Tensor
 
 from qwen2kit.spec.model import ModelSpec
-from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights
+from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights, Matrix
 from qwen2kit_torch.engine.kernels import attention, products
 from qwen2kit_torch.engine.kernels import rows as kernels
 from qwen2kit_torch.engine.layers import Layers
+from qwen2kit_torch.engine.packed_products import operands
 from qwen2kit_torch.engine.storage import Storage
-from qwen2kit_torch.engine.tuning import Tile, Tiles, power_of_two, tiles
+from qwen2kit_torch.engine.tuning import Tile, Tiles, packed_tile, power_of_two, tiles
+from qwen2kit_torch.quantized import Quantized
 
 HISTORY = 32
 _PROGRAMS = 264
@@ -59,8 +62,7 @@ class Step(Layers):
     ) -> None:
         super().__init__(spec, weights, storage, count, rope)
         self._early = early and count == 1
-        width = spec.num_attention_heads * spec.head_dim
-        self._tiles = tiling or tiles(spec.hidden_size, width, spec.intermediate_size)
+        self._tiles = tiling or self._default_tiles()
         self._splits = self._count_splits()
         self._group = max(16, power_of_two(spec.num_attention_heads // spec.num_key_value_heads))
         tile = self._tiles.head
@@ -119,11 +121,12 @@ class Step(Layers):
         """Rotated queries of a single row; its keys and values go into the slot."""
         spec, tile, layer = self._spec, self._tiles.heads, self._weights.layers[index]
         keys, values = self._storage.layers[index]
-        products.project_heads[(len(layer.heads) // tile.rows,)](
-            self.x, layer.norm, layer.heads, layer.heads_bias, *self._rope, self.rows[1],
-            self.rows[2], self._queries, keys, values, self._storage.capacity, spec.rms_norm_eps,
+        weights, form = operands(layer.heads)
+        products.project_heads[(layer.heads.shape[0] // tile.rows,)](
+            self.x, layer.norm, *weights, layer.heads_bias, *self._rope, self.rows[1], self.rows[2],
+            self._queries, keys, values, self._storage.capacity, spec.rms_norm_eps,
             spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.hidden_size,
-            tile.rows, tile.block, **self._options(tile.warps),
+            tile.rows, tile.block, *form, **self._options(tile.warps),
         )  # fmt: skip
 
     def add_out(self, layer: LayerWeights) -> None:
@@ -133,9 +136,10 @@ class Step(Layers):
     def gate_up(self, layer: LayerWeights) -> None:
         """The gated activation of a single row."""
         spec, tile = self._spec, self._tiles.gate_up
+        weights, form = operands(layer.gate_up)
         products.gate_up[(triton.cdiv(spec.intermediate_size, tile.rows // 2),)](
-            self.x, layer.mlp_norm, layer.gate_up, self._gated, spec.rms_norm_eps,
-            spec.intermediate_size, spec.hidden_size, tile.rows, tile.block,
+            self.x, layer.mlp_norm, *weights, self._gated, spec.rms_norm_eps,
+            spec.intermediate_size, spec.hidden_size, tile.rows, tile.block, *form,
             **self._options(tile.warps),
         )  # fmt: skip
 
@@ -159,15 +163,31 @@ class Step(Layers):
         self.gate_up(layer)
         self.add_down(layer)
 
-    def _add_product(self, x: Tensor, weight: Tensor, tile: Tile) -> None:
-        height, width = weight.shape
+    def _add_product(self, x: Tensor, matrix: Matrix, tile: Tile) -> None:
+        height, width = matrix.shape
+        weights, form = operands(matrix)
         products.add_product[(triton.cdiv(height, tile.rows),)](
-            x, weight, self.x, height, width, tile.rows, tile.block, **self._options(tile.warps)
-        )
+            x, *weights, self.x, height, width, tile.rows, tile.block, *form,
+            **self._options(tile.warps),
+        )  # fmt: skip
 
     def _options(self, warps: int) -> dict[str, Any]:
         options: dict[str, Any] = {"PDL": self._early, "num_warps": warps}
         return options | {"launch_pdl": True} if self._early else options
+
+    def _default_tiles(self) -> Tiles:
+        spec, layer = self._spec, self._weights.layers[0]
+        width = spec.num_attention_heads * spec.head_dim
+        found = tiles(spec.hidden_size, width, spec.intermediate_size)
+        products = {
+            "heads": layer.heads, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down
+        }  # fmt: skip
+        packed: dict[str, Any] = {
+            name: packed_tile(matrix.shape[1], matrix.bits)
+            for name, matrix in products.items()
+            if isinstance(matrix, Quantized)
+        }
+        return replace(found, **packed)
 
     def _count_splits(self) -> int:
         """Ranges that fill the device for this number of rows, each of one block at least."""

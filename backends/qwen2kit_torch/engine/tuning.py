@@ -68,6 +68,12 @@ def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
     )
 
 
+def packed_tile(width: int, bits: int) -> Tile:
+    """A tile, in bytes of codes, for a matrix of ``width`` columns in ``bits``."""
+    block = min(2048, power_of_two(width * bits // 8))
+    return Tile(4, block, max(1, min(8, 4 * block // 1024)))
+
+
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return 1 << max(0, number - 1).bit_length()

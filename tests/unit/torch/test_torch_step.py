@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +10,7 @@ import pytest
 from qwen2kit.backend.slots import Feed
 from tests.conftest import small_spec
 from tests.unit.torch.peers import SPECS, TOKENS, ours
+from tests.unit.torch.stepped import Stepped
 
 torch = pytest.importorskip("torch")
 if torch.cuda.is_available():
@@ -20,30 +19,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 WIDE = small_spec(hidden_size=192, intermediate_size=328, vocab_size=517, num_hidden_layers=1)
-
-
-class Stepped:
-    """Slots whose single tokens go through a `Step`, run without any graph."""
-
-    def __init__(self, model: Any, count: int, capacity: int, rows: int) -> None:
-        from qwen2kit_torch.engine.eager import EagerSlots
-        from qwen2kit_torch.engine.joined import join
-        from qwen2kit_torch.engine.step import Step
-
-        self.eager = EagerSlots(model.module, count=count, capacity=capacity)
-        rope = model.module.rotary.tables(capacity, torch.device("cpu"), torch.float32)
-        self.step = Step(
-            model.spec, join(model.module), self.eager._storage, rows, rope, early=False
-        )
-        self.step.limit.fill_(model.spec.vocab_size)
-
-    @torch.inference_mode()
-    def run(self, rows: Sequence[tuple[int, int, int]]) -> Any:
-        """Logits of rows (token, slot, position); others are padding."""
-        padding = [(0, -1, 0)] * (self.step.rows.shape[1] - len(rows))
-        self.step.rows.copy_(torch.tensor([*rows, *padding], dtype=torch.int32).T)
-        self.step.run()
-        return self.step.logits[: len(rows)].numpy().copy()
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,23 @@ import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
+from qwen2kit_torch.engine.kernels.packed import first_codes, packed_products
+
 
 @triton.jit
-def first_tile(weight, rows, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """The first ``BLOCK`` columns of ``rows`` of a matrix ``[N, WIDTH]``."""
-    columns = tl.arange(0, BLOCK)
-    at = weight + rows[:, None] * WIDTH + columns[None, :]
-    if BLOCK > WIDTH:
-        return tl.load(at, mask=columns[None, :] < WIDTH, other=0.0, eviction_policy="evict_first")
-    return tl.load(at, eviction_policy="evict_first")
+def first_tile(
+    weight, rows,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The first ``BLOCK`` columns (or bytes of codes) of ``rows`` of a matrix ``[N, WIDTH]``."""
+    if BITS > 0:
+        tile = first_codes(weight, rows, WIDTH, BLOCK, BITS, GROUP)
+    else:
+        columns = tl.arange(0, BLOCK)
+        at = weight + rows[:, None] * WIDTH + columns[None, :]
+        inside = (columns < WIDTH)[None, :]
+        tile = tl.load(at, mask=inside, other=0.0, eviction_policy="evict_first")
+    return tile
 
 
 @triton.jit
@@ -44,14 +52,30 @@ def inverse_rms(x, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def products(
-    tile, factor, weight, rows, x, norm, scale,
-    NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    tile, factor, weight, steps, offsets, rows, x, norm, scale,
+    NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr,
 ):  # fmt: skip
     """``weight[rows] @ x`` in float32, where ``x`` is first normalised if ``NORMED``.
 
     ``tile`` is `first_tile` and ``factor`` the first block of ``norm``; each further tile is asked
-    for before the one before it is used.
+    for before the one before it is used. With ``BITS`` the weights are codes with ``steps`` (the
+    scales) and ``offsets`` for every ``GROUP`` of inputs; without, those two are not read.
     """
+    if BITS > 0:
+        out = packed_products(
+            tile, weight, steps, offsets, rows, x, norm, scale, NORMED, WIDTH, BLOCK, BITS, GROUP
+        )
+    else:
+        out = _dense_products(tile, factor, weight, rows, x, norm, scale, NORMED, WIDTH, BLOCK)
+    return out
+
+
+@triton.jit
+def _dense_products(
+    tile, factor, weight, rows, x, norm, scale,
+    NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     columns = tl.arange(0, BLOCK)
     at = weight + rows[:, None] * WIDTH + columns[None, :]
     part = tl.load(x + columns, mask=columns < WIDTH, other=0.0)
@@ -84,15 +108,18 @@ def products(
 
 @triton.jit
 def project_heads(
-    x, norm, weight, bias, cos, sin, slots, positions, queries, keys, values, capacity, eps,
+    x, norm, weight, steps, offsets, bias, cos, sin, slots, positions, queries, keys, values,
+    capacity, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, joint q/k/v product with bias, rotation; keys and values go into the slot.
 
     Args:
         x: residual stream ``[D]``.
         weight, bias: ``[(H + 2K) * C, D]`` and ``[(H + 2K) * C]``.
+        steps, offsets: of weights in ``BITS`` (see `products`).
         cos, sin: tables ``[positions, C]``, the first half of ``sin`` negated.
         slots, positions: int32 ``[1]``; nothing is kept in a negative slot.
         queries: out, ``[H * C]``, rotated.
@@ -106,13 +133,31 @@ def project_heads(
     begin = tl.program_id(0) % (HALF // PAIRS) * PAIRS
     index = tl.arange(0, ROWS)
     rows = head * SIZE + begin + index // 2 + index % 2 * HALF
-    tile = first_tile(weight, rows, WIDTH, BLOCK)
+    tile = first_tile(weight, rows, WIDTH, BLOCK, BITS, GROUP)
     factor = first_block(norm, WIDTH, BLOCK)
     added = tl.load(bias + rows).to(tl.float32)
     if PDL:
         cuda.gdc_wait()
     scale = inverse_rms(x, eps, WIDTH, BLOCK)
-    out = products(tile, factor, weight, rows, x, norm, scale, True, WIDTH, BLOCK) + added
+    out = (
+        products(
+            tile,
+            factor,
+            weight,
+            steps,
+            offsets,
+            rows,
+            x,
+            norm,
+            scale,
+            True,
+            WIDTH,
+            BLOCK,
+            BITS,
+            GROUP,
+        )
+        + added
+    )
     dtype = queries.dtype.element_ty
     first, second = tl.split(tl.reshape(out.to(dtype).to(tl.float32), (PAIRS, 2)))
     place = begin + tl.arange(0, PAIRS)
@@ -141,9 +186,10 @@ def project_heads(
 
 @triton.jit
 def add_product(
-    x, weight, residual,
+    x, weight, steps, offsets, residual,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``residual += weight @ x`` for a matrix ``[HEIGHT, WIDTH]``."""
     if PDL:
@@ -151,20 +197,23 @@ def add_product(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = rows < HEIGHT
     rows = tl.minimum(rows, HEIGHT - 1)
-    tile = first_tile(weight, rows, WIDTH, BLOCK)
+    tile = first_tile(weight, rows, WIDTH, BLOCK, BITS, GROUP)
     if PDL:
         cuda.gdc_wait()
     dtype = residual.dtype.element_ty
     before = tl.load(residual + rows).to(tl.float32)
-    out = products(tile, 1.0, weight, rows, x, x, 1.0, False, WIDTH, BLOCK)
+    out = products(
+        tile, 1.0, weight, steps, offsets, rows, x, x, 1.0, False, WIDTH, BLOCK, BITS, GROUP
+    )
     tl.store(residual + rows, (before + out.to(dtype).to(tl.float32)).to(dtype), mask=inside)
 
 
 @triton.jit
 def gate_up(
-    x, norm, weight, gated, eps,
+    x, norm, weight, steps, offsets, gated, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, joint gate/up product (``[2F, D]``, gates first), ``silu(gate) * up`` into ``[F]``."""
     PAIRS: tl.constexpr = ROWS // 2
@@ -173,12 +222,14 @@ def gate_up(
     index = tl.arange(0, ROWS)
     rows = tl.program_id(0) * PAIRS + index // 2
     rows = tl.minimum(rows, HEIGHT - 1) + index % 2 * HEIGHT
-    tile = first_tile(weight, rows, WIDTH, BLOCK)
+    tile = first_tile(weight, rows, WIDTH, BLOCK, BITS, GROUP)
     factor = first_block(norm, WIDTH, BLOCK)
     if PDL:
         cuda.gdc_wait()
     scale = inverse_rms(x, eps, WIDTH, BLOCK)
-    out = products(tile, factor, weight, rows, x, norm, scale, True, WIDTH, BLOCK)
+    out = products(
+        tile, factor, weight, steps, offsets, rows, x, norm, scale, True, WIDTH, BLOCK, BITS, GROUP
+    )
     dtype = gated.dtype.element_ty
     gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), (PAIRS, 2)))
     active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
@@ -200,7 +251,7 @@ def head(
         cuda.gdc_launch_dependents()
     begin = tl.program_id(0) * (ROWS * REPEAT)
     index = tl.arange(0, ROWS)
-    tile = first_tile(weight, tl.minimum(begin + index, HEIGHT - 1), WIDTH, BLOCK)
+    tile = first_tile(weight, tl.minimum(begin + index, HEIGHT - 1), WIDTH, BLOCK, 0, 1)
     factor = first_block(norm, WIDTH, BLOCK)
     if PDL:
         cuda.gdc_wait()
@@ -213,8 +264,10 @@ def head(
         ids = begin + turn * ROWS + index
         rows = tl.minimum(ids, HEIGHT - 1)
         if turn > 0:
-            tile = first_tile(weight, rows, WIDTH, BLOCK)
-        out = products(tile, factor, weight, rows, x, norm, scale, True, WIDTH, BLOCK).to(dtype)
+            tile = first_tile(weight, rows, WIDTH, BLOCK, 0, 1)
+        out = products(
+            tile, factor, weight, weight, weight, rows, x, norm, scale, True, WIDTH, BLOCK, 0, 1
+        ).to(dtype)
         tl.store(logits + ids, out, mask=ids < HEIGHT)
         value = out.to(tl.float32)
         value = tl.where(value == value, value, float("inf"))

@@ -1,0 +1,154 @@
+"""Weights in 4 or 8 bits, ``w = scale * code + offset`` for every group of inputs.
+
+The values are those of MLX's affine quantisation (`qwen2kit.weights.affine`), so that checkpoints
+stored in it (or in AWQ's or GPTQ's runs of inputs) are kept as they are. The codes lie otherwise:
+a row of 4-bit codes is two planes, its first half in the low and its second half in the high
+halves of its bytes, so that neighbours in memory are neighbours in the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qwen2kit_torch.linear import Linear
+from qwen2kit_torch.model import Qwen2
+
+BITS = (4, 8)
+_EPSILON = 1e-7
+_ROWS_AT_ONCE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A matrix ``[N, D]``.
+
+    Attributes:
+        codes: uint8 ``[N, D * bits / 8]``.
+        scales, offsets: ``[N, D / group]``.
+        bits: 4 or 8.
+        group: inputs that share a scale.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor
+    bits: int
+    group: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, D)``."""
+        return len(self.codes), self.codes.shape[1] * 8 // self.bits
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The matrix in ``dtype``, each value rounded once."""
+        if self.codes.is_cuda and find_spec("triton") is not None:
+            from qwen2kit_torch.engine.packed_products import dequantize
+
+            return dequantize(self, dtype)
+        planes = [self.codes & 15, self.codes >> 4] if self.bits == 4 else [self.codes]
+        codes = torch.cat(planes, dim=1).view(len(self.codes), -1, self.group)
+        values = codes.float() * self.scales.float()[..., None] + self.offsets.float()[..., None]
+        return values.to(dtype).view(self.shape)
+
+
+class QuantizedLinear(Linear):
+    """A `Linear` whose matrix is `Quantized`; it is expanded for every product.
+
+    Args:
+        base: the layer to replace, on the meta device.
+        bits, group: as for `Quantized`.
+    """
+
+    scales: Tensor
+    offsets: Tensor
+
+    def __init__(self, base: Linear, *, bits: int, group: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.bits, self.group, self.dtype = bits, group, base.weight.dtype
+        self._packed = None
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        self.register_parameter("bias", base.bias)
+
+    def fill(self, matrix: Quantized) -> None:
+        """Take ``matrix``, whose bits and group become the layer's."""
+        self.bits, self.group = matrix.bits, matrix.group
+        self.weight = nn.Parameter(matrix.codes, requires_grad=False)
+        self.scales = nn.Parameter(matrix.scales, requires_grad=False)
+        self.offsets = nn.Parameter(matrix.offsets, requires_grad=False)
+
+    @property
+    def matrix(self) -> Quantized:
+        """The weights."""
+        return Quantized(
+            self.weight.detach(), self.scales.detach(), self.offsets.detach(), self.bits, self.group
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``."""
+        return F.linear(x, self.matrix.dense(x.dtype), self.bias)
+
+    def pack(self) -> None:
+        """Nothing: it is packed already."""
+
+    def dense_weight(self) -> Tensor:
+        """The matrix ``[outputs, inputs]`` in the compute dtype."""
+        return self.matrix.dense(self.dtype)
+
+
+def quantize_layers(module: Qwen2, *, bits: int, group: int) -> None:
+    """Let the decoder's matrices be filled in ``bits``; embedding and head stay dense.
+
+    Those whose rows do not divide into planes of whole groups stay dense too.
+    """
+    for owner in module.model.layers.modules():
+        for name, child in list(owner.named_children()):
+            if isinstance(child, Linear) and divides(child.in_features, bits, group):
+                setattr(owner, name, QuantizedLinear(child, bits=bits, group=group))
+
+
+def divides(inputs: int, bits: int, group: int) -> bool:
+    """Whether a row of ``inputs`` codes makes planes of whole groups."""
+    return inputs % (8 // bits * group) == 0
+
+
+def quantize(weight: Tensor, *, bits: int, group: int) -> Quantized:
+    """Quantise ``[N, D]`` as MLX does; scales and offsets keep its dtype.
+
+    The scale is fitted so that the end of the range farther from zero is hit exactly and zero
+    itself stays representable.
+    """
+    parts = [_quantize(rows, bits, group) for rows in weight.split(_ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
+    codes, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Quantized(in_planes(codes, bits), scales, offsets, bits, group)
+
+
+def in_planes(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 ``[N, D]`` as they are stored, ``[N, D * bits / 8]``."""
+    if bits == 8:
+        return codes
+    low, high = codes.chunk(2, dim=1)
+    return low | high << 4
+
+
+def _quantize(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    values = rows.float().view(len(rows), -1, group)
+    top = (1 << bits) - 1
+    high, low = values.amax(-1, keepdim=True), values.amin(-1, keepdim=True)
+    scale = ((high - low) / top).clamp(min=_EPSILON)
+    below = low.abs() > high.abs()
+    scale = torch.where(below, scale, -scale)
+    edge = torch.where(below, low, high)
+    zero_code = (edge / scale).round()
+    hit = zero_code != 0
+    scale = torch.where(hit, edge / torch.where(hit, zero_code, 1), scale)
+    offset = torch.where(hit, edge, 0)
+    codes = ((values - offset) / scale).round().clamp(0, top).to(torch.uint8)
+    scale, offset = scale.squeeze(-1).to(rows.dtype), offset.squeeze(-1).to(rows.dtype)
+    return codes.view(len(rows), -1), scale, offset
