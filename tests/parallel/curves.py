@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -74,6 +75,16 @@ def model_of(case: Case, device: str = "cpu", dtype: str = "float32") -> Any:
     plan = TrainPlan(**(train | case.plan), parallel=case.degrees)
     execution = ExecutionPlan(device=device, dtype=dtype, train=plan)
     return TorchBackend().compile(spec_of(case), execution)
+
+
+def fresh(case: Case, seed: int) -> dict[str, Any]:
+    """Weights that ``init`` makes, drawn in blocks that divide rows unevenly."""
+    from qwen2kit_torch.train import init
+
+    model = model_of(case)
+    with mock.patch.object(init, "BLOCK", 300):
+        model.init(seed)
+    return {name: tensor.float32().copy() for name, tensor in model.export()}
 
 
 def train(case: Case, save: Path | None = None, start: Path | None = None, first: int = 0) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from qwen2kit.plan.degrees import Degrees
-from tests.parallel.curves import STEPS, Case, batch_of, spec_of, train
+from tests.parallel.curves import STEPS, Case, batch_of, fresh, spec_of, train
 from tests.parallel.workers import run_on
 
 pytest.importorskip("torch")
@@ -115,6 +115,15 @@ def test_resuming_on_the_same_layout_is_bit_identical(tmp_path: Path) -> None:
     rest = run_on(4, train, stores, Case(degrees=degrees, tied=True, steps=7), None, state, 5)[0]
     assert rest[0] == whole[0][5:]
     assert all((rest[2][name] == values).all() for name, values in whole[2].items())
+
+
+@pytest.mark.parametrize("name", ["fsdp2-tp2", "pp2-tp2", "fsdp2-cp2"])
+def test_fresh_weights_do_not_depend_on_the_layout(name: str, tmp_path: Path) -> None:
+    expected = fresh(Case(), 7)
+    degrees = LAYOUTS[name]
+    for weights in run_on(degrees.world, fresh, tmp_path, Case(degrees=degrees), 7):
+        assert weights.keys() == expected.keys()
+        assert all((weights[key] == values).all() for key, values in expected.items())
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "tp2", "cp2", "pp2"])

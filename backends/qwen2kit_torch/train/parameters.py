@@ -14,17 +14,25 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import schema
 from qwen2kit_torch.parallel.mesh import Mesh
 
+Region = tuple[slice, ...]
+"""A box within a tensor: first and last index of every dimension."""
+
+
+def parts(parameter: Tensor) -> Iterator[tuple[Tensor, Region]]:
+    """What this process holds of ``parameter``: local tensors, and where they lie in the whole."""
+    if not isinstance(parameter, DTensor):
+        yield parameter.detach(), tuple(slice(0, size) for size in parameter.shape)
+        return
+    local = parameter.to_local().detach()
+    for chunk in parameter.__create_chunk_list__():  # type: ignore[no-untyped-call]
+        spans = zip(chunk.offsets, chunk.sizes, strict=True)
+        yield local, tuple(slice(start, start + size) for start, size in spans)
+
 
 def fill(parameter: Tensor, whole: Tensor) -> None:
     """Copy this process's part of ``whole`` (on the CPU, any dtype) into ``parameter``."""
     with torch.no_grad():
-        if not isinstance(parameter, DTensor):
-            parameter.copy_(whole)
-            return
-        local = parameter.to_local()
-        for chunk in parameter.__create_chunk_list__():  # type: ignore[no-untyped-call]
-            spans = zip(chunk.offsets, chunk.sizes, strict=True)
-            region = tuple(slice(start, start + size) for start, size in spans)
+        for local, region in parts(parameter):
             local.copy_(whole[region])
 
 
