@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -81,6 +82,20 @@ def _splits(path: Path, config: str | None) -> tuple[str, ...]:
     return tuple(str(split) for split in builder.config.data_files or ())
 
 
+def own_cache(path: Path) -> Path:
+    """Where ``datasets`` may keep what it reads from ``path``, as its files are now.
+
+    Left to itself it takes another directory with a set of the same name, or an earlier state of
+    this one, for the same data.
+    """
+    import datasets.config
+
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return Path(datasets.config.HF_DATASETS_CACHE) / "local" / digest
+
+
 @contextmanager
 def offline() -> Iterator[None]:
     """No Hub access: an absent data set fails at once instead of after retries.
@@ -124,7 +139,9 @@ def local_datasets(data: LocalData | None) -> Iterator[None]:
 
     def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
         local = data.find(path)
-        return original(path if local is None else str(local), *args, **kwargs)
+        if local is None:
+            return original(path, *args, **kwargs)
+        return original(str(local), *args, **{"cache_dir": str(own_cache(local)), **kwargs})
 
     datasets.load_dataset = load_dataset
     try:

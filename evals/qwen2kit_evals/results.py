@@ -76,8 +76,8 @@ class EvalResult:
         table = Table(title="Evaluation", title_justify="left")
         table.add_column("task", no_wrap=True)
         table.add_column("metric")
-        for name in ("value", "stderr", "n", "shots"):
-            table.add_column(name, justify="right")
+        for name, width in (("value", 6), ("stderr", 7), ("n", 5), ("shots", 5)):
+            table.add_column(name, justify="right", no_wrap=True, min_width=width)
         for row in self.rows:
             name = "  " * row.depth + row.task
             metric = row.metric if row.filter == "none" else f"{row.metric} ({row.filter})"

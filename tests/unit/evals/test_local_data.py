@@ -47,6 +47,19 @@ def test_hub_names_read_from_disk(
     assert datasets.load_dataset is original
 
 
+def test_equal_names_elsewhere_and_edits_are_other_data(data: LocalData, tmp_path: Path) -> None:
+    write_set(tmp_path / "copy", "org/one", {"main": {"train": 3, "test": 5}})
+
+    def rows(where: LocalData) -> int:
+        with local_datasets(where):
+            return len(datasets.load_dataset("org/one", "main", split="test"))
+
+    assert (rows(data), rows(LocalData(tmp_path / "copy"))) == (2, 5)
+    file = data.root / "org" / "one" / "main" / "test.jsonl"
+    file.write_text(json.dumps({"text": "only this"}))
+    assert rows(data) == 1
+
+
 def test_absent_names_do_not_reach_the_hub(data: LocalData) -> None:
     with local_datasets(data), pytest.raises(Exception, match=r"[oO]ffline|doesn't exist"):
         datasets.load_dataset("org/absent-everywhere")
