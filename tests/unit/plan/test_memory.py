@@ -176,10 +176,12 @@ def test_logits_never_exist_at_once() -> None:
     assert memory.logits < whole / 5
 
 
-# Peaks that benchmarks/plan_accuracy.py measured on one H100 80GB HBM3 with torch 2.11, in GiB:
+# Peaks measured on one H100 80GB HBM3 with torch 2.11, in GiB (benchmarks/plan_accuracy.py; the one
+# of a step of 32 rows by benchmarks/training.py, the only one with fused rotation and SwiGLU):
 # model, rows x tokens of a micro-batch, recomputation, rows of the step, adapter.
 MEASURED = {
     ("qwen2-0.5b", 1, 2048, "none", 1, None): 9.57,
+    ("qwen2-0.5b", 8, 4096, "none", 32, None): 41.28,
     ("qwen2-0.5b", 1, 8192, "none", 1, None): 15.49,
     ("qwen2-0.5b", 4, 4096, "selective", 4, None): 17.08,
     ("qwen2-0.5b", 8, 4096, "full", 8, None): 9.50,
