@@ -118,6 +118,14 @@ def test_layer_with_adapters(adapter: LoRAPlan, recompute: Recompute, compiled: 
     assert measured == predicted
 
 
+def test_selective_recomputation_keeps_less_with_adapters_too() -> None:
+    none, selective, full = (
+        activations.layer_kept(workload("qwen2-7b", recompute=mode, adapter=LORA), 0)
+        for mode in ("none", "selective", "full")
+    )
+    assert full < selective < 0.75 * none
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_head(dtype: str) -> None:
     """What is kept besides the layers. The final norm's output is no longer needed by autograd
