@@ -43,7 +43,7 @@ def run_here(
     code = code if code >= 0 else 128 - code
     if code == 128 + signal.SIGKILL:
         raise TrainingError(
-            "a training process was killed (the machine may be out of memory); continue with "
+            "a process was killed (the machine may be out of memory); continue with "
             "--resume or --auto-resume"
         )
     return code

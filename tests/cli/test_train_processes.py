@@ -88,7 +88,7 @@ def test_a_lost_process_without_restarts_is_one_line(tmp_path: Path) -> None:
     assert process.returncode == 6, stderr
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-    assert "a training process was killed" in errors[0]
+    assert "a process was killed" in errors[0]
     assert "Traceback" not in stderr
 
 
