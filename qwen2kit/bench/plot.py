@@ -31,8 +31,7 @@ def plot_bench(path: Path, document: dict[str, Any]) -> bool:
     _limit(right, streams, "streams")
     right.set(title="decoding", xlabel="streams", ylabel="tokens / s of all")
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
     name = f"{document['model']}, {document['backend']} {document['dtype'] or ''}"
@@ -44,6 +43,9 @@ def plot_bench(path: Path, document: dict[str, Any]) -> bool:
 
 def _curve(axes: Any, x: Sequence[int], y: Sequence[float]) -> None:
     axes.plot(x, y, "o-", label="measured")
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{value:,}" for value in x])
+    axes.minorticks_off()
 
 
 def _limit(axes: Any, entries: Sequence[dict[str, Any]], count: str) -> None:

@@ -122,7 +122,7 @@ def _decode(entries: Sequence[dict[str, Any]]) -> Table:
 
 def _throughput(entries: Sequence[dict[str, Any]]) -> Table:
     table = _table(
-        "many streams (first token, time between tokens: milliseconds, p50/p90/p99)",
+        "many streams (ms to the first token and between tokens: p50, p99)",
         "streams", "tokens/s", "decoding", "of roof", "first", "between",
     )  # fmt: skip
     for entry in entries:
@@ -143,4 +143,8 @@ def _share(entry: dict[str, Any]) -> str:
 
 
 def _milliseconds(percentiles: dict[str, float]) -> str:
-    return "/".join(f"{1000 * value:,.1f}" for value in percentiles.values())
+    return " / ".join(_three_digits(1000 * percentiles[name]) for name in ("p50", "p99"))
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
