@@ -5,8 +5,8 @@
 Weights are random; nothing is downloaded. For every preset: the largest difference between the
 captured step and the plain network (a model of two layers), each product kernel alone over several
 layers with a few tiles (microseconds, GB/s of weights), attention alone at several lengths, passes
-over prompts, whole steps, and whole decoding through `Slots`. Sections that fail are reported and
-do not stop the others.
+over prompts, whole steps, and whole decoding through `Slots`; with ``packed`` among the sections,
+the same with weights in 4 and 8 bits. Sections that fail are reported and do not stop the others.
 """
 
 from __future__ import annotations
@@ -88,8 +88,10 @@ def captured(work: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def build(name: str, *, layers: int | None = None, dtype: str = "bfloat16") -> Any:
-    """A `TorchModel` with random weights on the device."""
+def build(
+    name: str, *, layers: int | None = None, dtype: str = "bfloat16", bits: int | None = None
+) -> Any:
+    """A `TorchModel` with random weights on the device, the layers' in ``bits`` if given."""
     import torch
 
     from qwen2kit.backend.plan import ExecutionPlan
@@ -106,7 +108,22 @@ def build(name: str, *, layers: int | None = None, dtype: str = "bfloat16") -> A
     torch.manual_seed(0)
     for path, parameter in model.module.named_parameters():
         parameter.normal_(1.0 if "norm" in path else 0.0, 0.02)
+    if bits is not None:
+        pack(model.module, bits)
     return model
+
+
+def pack(module: Any, bits: int) -> None:
+    """Quantise the layers' matrices in place, one at a time."""
+    from qwen2kit_torch.linear import Linear
+    from qwen2kit_torch.quantized import QuantizedLinear, divides, quantize
+
+    for owner in list(module.model.layers.modules()):
+        for name, child in list(owner.named_children()):
+            if isinstance(child, Linear) and divides(child.in_features, bits, 64):
+                layer = QuantizedLinear(child, bits=bits, group=64)
+                layer.fill(quantize(child.weight, bits=bits, group=64))
+                setattr(owner, name, layer)
 
 
 def make_step(
@@ -343,7 +360,7 @@ def compile_attention(work: tuple[str, int, int, int]) -> None:
 
 def compile_prompt(work: tuple[str, int]) -> None:
     """As `compile_ahead`, for attention over prompts."""
-    from qwen2kit_torch.engine.packed import Piece
+    from qwen2kit_torch.engine.pieces import Piece
     from qwen2kit_torch.engine.prompts import PromptPass
     from qwen2kit_torch.engine.tuning import PromptTile
 
@@ -404,7 +421,7 @@ def prompts(name: str) -> dict[str, Any]:
     import torch
 
     from qwen2kit_torch.engine.joined import join
-    from qwen2kit_torch.engine.packed import Piece
+    from qwen2kit_torch.engine.pieces import Piece
     from qwen2kit_torch.engine.prompts import PromptPass
     from qwen2kit_torch.engine.storage import Storage
     from qwen2kit_torch.engine.tuning import PromptTile
@@ -462,7 +479,7 @@ def prompt_hidden(kind: Any, *arguments: Any) -> Any:
         return kind(*arguments).hidden()
 
 
-def whole(name: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
+def whole(name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> dict[str, Any]:
     """Microseconds of whole steps by graph replay; where a step's time goes; tokens a second."""
     import torch
 
@@ -470,15 +487,15 @@ def whole(name: str, tuned: dict[str, Any] | None) -> dict[str, Any]:
     from qwen2kit_torch.engine.joined import join
     from qwen2kit_torch.engine.tuning import Tile
 
-    model = build(name)
+    model = build(name, bits=bits)
     spec, joined = model.spec, join(model.module)
-    weights = sum(p.numel() for p in model.module.parameters()) * 2
+    weights = sum(p.nbytes for p in model.module.parameters())
     weights -= 0 if spec.tie_word_embeddings else joined.embedding.nbytes
     found: dict[str, Any] = {"weight_GB": weights / 1e9, "roof_us_at_3TB_s": weights / 3e6}
-    default = default_tiles(spec)
+    default = default_tiles(spec) if bits is None else None
     fastest = default
     if tuned:
-        fastest = replace(default, **{key: Tile(*tuned[key][0][2]) for key in PRODUCTS})
+        fastest = replace(default_tiles(spec), **{key: Tile(*tuned[key][0][2]) for key in PRODUCTS})
     cases = [("default", default, True), ("default, one after the other", default, False)]
     if tuned:
         cases.append(("fastest", fastest, True))
@@ -540,6 +557,20 @@ def profile(run: Callable[[], None]) -> dict[str, Any]:
     }
 
 
+def measure(name: str, wanted: list[str]) -> None:
+    """The sections of one preset."""
+    work = {"check": check, "tune": tune, "attention": attention, "prompts": prompts}
+    found = {
+        key: section(f"{name} {key}", partial(run, name))
+        for key, run in work.items()
+        if key in wanted
+    }
+    if "whole" in wanted:
+        section(f"{name} whole", partial(whole, name, found.get("tune")))
+    for bits in (4, 8) if "packed" in wanted else ():
+        section(f"{name} whole, {bits} bits", partial(whole, name, None, bits))
+
+
 def main() -> None:
     """Run the sections asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -559,17 +590,7 @@ def main() -> None:
     if "attention" in wanted or "prompts" in wanted:
         section("compile attention", partial(compile_more, names, arguments.processes, wanted))
     for name in names:
-        tuned = None
-        if "check" in wanted:
-            section(f"{name} check", partial(check, name))
-        if "tune" in wanted:
-            tuned = section(f"{name} tune", partial(tune, name))
-        if "attention" in wanted:
-            section(f"{name} attention", partial(attention, name))
-        if "prompts" in wanted:
-            section(f"{name} prompts", partial(prompts, name))
-        if "whole" in wanted:
-            section(f"{name} whole", partial(whole, name, tuned))
+        measure(name, wanted)
         if arguments.json:
             arguments.json.write_text(json.dumps(RESULTS, indent=1, default=str) + "\n")
 

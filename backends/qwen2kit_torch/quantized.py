@@ -21,6 +21,7 @@ from qwen2kit_torch.model import Qwen2
 BITS = (4, 8)
 _EPSILON = 1e-7
 _ROWS_AT_ONCE = 4096
+_FEW_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,10 @@ class Quantized:
 
 
 class QuantizedLinear(Linear):
-    """A `Linear` whose matrix is `Quantized`; it is expanded for every product.
+    """A `Linear` whose matrix is `Quantized`; it is expanded for a product with many rows.
+
+    With few rows, 4 bits and bfloat16 a CPU reads the codes as they are once `pack` was called,
+    which takes as much memory again.
 
     Args:
         base: the layer to replace, on the meta device.
@@ -73,12 +77,14 @@ class QuantizedLinear(Linear):
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bits, self.group, self.dtype = bits, group, base.weight.dtype
         self._packed = None
+        self._for_cpu: tuple[Tensor, Tensor] | None = None
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         self.register_parameter("bias", base.bias)
 
     def fill(self, matrix: Quantized) -> None:
         """Take ``matrix``, whose bits and group become the layer's."""
         self.bits, self.group = matrix.bits, matrix.group
+        self._for_cpu = None
         self.weight = nn.Parameter(matrix.codes, requires_grad=False)
         self.scales = nn.Parameter(matrix.scales, requires_grad=False)
         self.offsets = nn.Parameter(matrix.offsets, requires_grad=False)
@@ -92,10 +98,25 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
-        return F.linear(x, self.matrix.dense(x.dtype), self.bias)
+        rows = x.reshape(-1, self.in_features)
+        if self._for_cpu is None or len(rows) > _FEW_ROWS:
+            return F.linear(x, self.matrix.dense(x.dtype), self.bias)
+        codes, steps = self._for_cpu
+        out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, steps)
+        out = out if self.bias is None else out + self.bias
+        return out.view(*x.shape[:-1], self.out_features)
 
     def pack(self) -> None:
-        """Nothing: it is packed already."""
+        """Bring 4-bit codes into the layout of PyTorch's product for CPUs, if they fit it."""
+        matrix = self.matrix
+        fits = self.bits == 4 and self.out_features % 16 == 0 and self.dtype == torch.bfloat16
+        if self._for_cpu is None and fits and not matrix.codes.is_cuda:
+            codes = torch.cat([matrix.codes & 15, matrix.codes >> 4], dim=1)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            # There a weight is (code - 8) * scale + zero.
+            zeros = matrix.offsets.float() + 8 * matrix.scales.float()
+            steps = torch.stack([matrix.scales.float(), zeros], -1).transpose(0, 1)
+            self._for_cpu = packed, steps.to(self.dtype).contiguous()
 
     def dense_weight(self) -> Tensor:
         """The matrix ``[outputs, inputs]`` in the compute dtype."""

@@ -36,6 +36,9 @@ def chat(
     cache_bits: Annotated[
         int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
     ] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
@@ -95,7 +98,9 @@ def chat(
         model if model is not None else _default_model(),
         Extras(adapter, draft, prompt_lookup, schema, regex, tools),
         backend=backend,
-        plan=ExecutionPlan(device=device, dtype=dtype, cache_bits=cache_bits),
+        plan=ExecutionPlan(
+            device=device, dtype=dtype, cache_bits=cache_bits, weight_bits=weight_bits
+        ),
         system=system,
         sampling=sampling,
     )

@@ -46,6 +46,9 @@ def serve(
     cache_bits: Annotated[
         int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
     ] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
+    ] = None,
     context: Annotated[
         int, typer.Option(min=2, help="Longest sequence, prompt and answer, in tokens.")
     ] = 8192,
@@ -91,7 +94,9 @@ def serve(
     home = OwnThread("engine")
 
     def load() -> tuple[LoadedModel, TextEngine]:
-        plan = ExecutionPlan(device=device, dtype=dtype, cache_bits=cache_bits)
+        plan = ExecutionPlan(
+            device=device, dtype=dtype, cache_bits=cache_bits, weight_bits=weight_bits
+        )
         loaded = _load(model, backend=backend, plan=plan, adapter=adapter)
         make_drafter = drafter_maker(loaded, draft, prompt_lookup)
         capacity = min(context, loaded.model.limit)

@@ -13,7 +13,7 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits, refuse_non_finite
-from qwen2kit_torch.engine.packed import passes
+from qwen2kit_torch.engine.pieces import passes
 from qwen2kit_torch.engine.prompts import PromptPass
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two

@@ -12,7 +12,7 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.kernels import prompt
 from qwen2kit_torch.engine.layers import Layers
-from qwen2kit_torch.engine.packed import Piece
+from qwen2kit_torch.engine.pieces import Piece
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import PromptTile, prompt_tile
 

@@ -126,3 +126,18 @@ def test_joined_weights_are_held_once_and_exported() -> None:
     source = random_weights(SPECS["untied"])
     for name, tensor in model.export():
         np.testing.assert_array_equal(tensor.float32(), source.read(name).float32())
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 32)])
+def test_packed_weights_are_read_exactly(bits: int, group: int) -> None:
+    model = on_cuda("untied", weight_bits=bits, weight_group_size=group)
+    plain = ours(SPECS["untied"], weight_bits=bits, weight_group_size=group)
+    assert model.module.model.layers[0].mlp.gate_proj.weight.dtype == torch.uint8
+    expected = plain.logits(TOKENS)
+    slots = model.slots(3, 32)
+    slots.feed([Feed(0, 0, tuple(TOKENS[:-4]))])
+    for rows in (1, 3):
+        feed = Feed(0, len(TOKENS) - 4, tuple(TOKENS[-4 : -4 + rows]), rows)
+        found = slots.feed([feed]).rows(range(rows))
+        np.testing.assert_allclose(found, expected[-4 : -4 + rows], atol=1e-4)
+    assert alone(model, TOKENS, 20) == alone(plain, TOKENS, 20)

@@ -1,15 +1,14 @@
-"""Weights in 4 and 8 bits: the values are core's (MLX's), kept from checkpoints, and the kernels
-that read them, by Triton's interpreter, compute what the expanded matrices do."""
+"""Weights in 4 and 8 bits: the values are core's (MLX's), or kept as a checkpoint has them."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
 import pytest
 
 from qwen2kit.backend.plan import ExecutionPlan, TrainPlan
+from qwen2kit.backend.slots import Feed
 from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights import affine
@@ -21,7 +20,6 @@ from tests.unit.torch.test_torch_slots import alone
 
 torch = pytest.importorskip("torch")
 
-FORMS = [(4, 32), (4, 64), (8, 32), (8, 128)]
 SPEC = small_spec(hidden_size=128, intermediate_size=256, num_hidden_layers=1, head_dim=32)
 
 
@@ -48,7 +46,7 @@ class Stored:
         return affine.quantize(self._source.read(name), bits=self._bits, group_size=self._group)
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMS)
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 32), (8, 128)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_values_are_those_of_core(bits: int, group: int, dtype: str) -> None:
     from qwen2kit_torch.quantized import quantize
@@ -82,6 +80,31 @@ def test_a_model_computes_with_the_quantised_values(bits: int, group: int) -> No
     assert np.abs(kept.logits(TOKENS) - ours(SPEC).logits(TOKENS)).max() > 1e-4
 
 
+@pytest.mark.parametrize("group", [32, 64])
+def test_values_are_those_of_pytorchs_own_products(group: int) -> None:
+    from qwen2kit_torch.quantized import quantize
+
+    torch.manual_seed(0)
+    matrix = quantize(torch.randn(48, 128), bits=4, group=group)
+    codes = torch.cat([matrix.codes & 15, matrix.codes >> 4], dim=1).int()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    steps = torch.stack([matrix.scales, matrix.offsets + 8 * matrix.scales], -1).transpose(0, 1)
+    x = torch.randn(3, 128)
+    expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, steps.contiguous())
+    torch.testing.assert_close(x @ matrix.dense(torch.float32).t(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_on_a_cpu_reads_the_codes_while_decoding() -> None:
+    model = ours(SPEC, weight_bits=4, weight_group_size=32, dtype="bfloat16")
+    exact = ours(SPEC, MemorySource.collect(model.export())).logits(TOKENS)[-1]
+    expanded = model.logits(TOKENS)[-1]
+    slots = model.slots(1, 32)
+    slots.feed([Feed(0, 0, tuple(TOKENS[:-1]))])
+    found = slots.feed([Feed(0, len(TOKENS) - 1, (TOKENS[-1],))]).rows([0])[0]
+    assert model.module.model.layers[0].mlp.down_proj._for_cpu is not None
+    assert np.abs(found - exact).mean() <= 2 * np.abs(expanded - exact).mean()
+
+
 def test_rows_that_do_not_divide_stay_dense() -> None:
     model = ours(SPECS["tied"], weight_bits=4, weight_group_size=64)
     layer = model.module.model.layers[0]
@@ -95,43 +118,3 @@ def test_what_cannot_be_is_refused() -> None:
         ExecutionPlan(weight_bits=4, weight_group_size=48)
     with pytest.raises(ConfigError, match="for inference"):
         ExecutionPlan(weight_bits=4, train=TrainPlan())
-
-
-@pytest.fixture
-def _interpreted() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("compiled kernels are tested instead")
-    os.environ["TRITON_INTERPRET"] = "1"
-    pytest.importorskip("triton")
-
-
-@pytest.mark.usefixtures("_interpreted")
-@pytest.mark.parametrize(("bits", "group"), FORMS)
-def test_kernels_compute_what_the_expanded_matrix_does(bits: int, group: int) -> None:
-    from qwen2kit_torch.engine.packed_products import dequantize, product
-    from qwen2kit_torch.quantized import quantize
-
-    torch.manual_seed(0)
-    matrix = quantize(torch.randn(70, 256), bits=bits, group=group)
-    dense = matrix.dense(torch.float32)
-    torch.testing.assert_close(dequantize(matrix, torch.float32), dense)
-    for rows in (2, 17, 65):
-        x, bias = torch.randn(rows, 256), torch.randn(70)
-        for added in (None, bias):
-            out = torch.empty(rows, 70)
-            product(x, matrix, out, added)
-            expected = torch.nn.functional.linear(x, dense, added)
-            torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.usefixtures("_interpreted")
-@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (8, 64)])
-def test_a_step_of_one_row_reads_packed_weights(bits: int, group: int) -> None:
-    from tests.unit.torch.stepped import Stepped
-
-    model = ours(SPEC, weight_bits=bits, weight_group_size=group)
-    expected = model.logits(TOKENS)
-    slots = Stepped(model, 1, 32, 1)
-    for position in range(3):
-        found = slots.run([(TOKENS[position], 0, position)])
-        np.testing.assert_allclose(found[0], expected[position], atol=1e-4)

@@ -1,0 +1,34 @@
+"""Triton kernels run by Triton's interpreter, on any machine.
+
+Whether kernels are compiled or interpreted is settled once per process, when triton is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["interpreted_step.py", "interpreted_quantized.py"])
+def test_kernels_compute_what_the_network_does(name: str) -> None:
+    options = ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(HERE / name)],
+        cwd=HERE.parents[2],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout

@@ -1,0 +1,114 @@
+"""Every kernel of the decoding step compiles for compute capability 9.0, which needs no GPU.
+
+The interpreter accepts more than the compiler does, and tells nothing of spilled registers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("triton")
+
+_PROGRAM = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qwen2kit_torch.engine.kernels import attention, packed, products, prompt, rows
+
+HIDDEN, HEADS, KV_HEADS, SIZE, FFN, VOCAB = 896, 14, 2, 64, 4864, 151936
+KINDS = dict(
+    slots="*i32", positions="*i32", tokens="*i32", history="*i32", step="*i32", limit="*i32",
+    tiles="*i32", arrived="*i32", best_ids="*i32", parts="*fp32", weights="*fp32", best="*fp32",
+    capacity="i32", count="i32", eps="fp32", scale="fp32", codes="*u8",
+)
+
+def compile(kernel, warps=4, early=False, kinds={}, **constants):
+    names = kernel.arg_names
+    if early:
+        constants["PDL"] = True
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, KINDS.get(name, "*bf16"))
+        for name in names
+    }
+    whole = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name == "capacity"
+    }
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=whole)
+    options = {"num_warps": warps} | ({"launch_pdl": True} if early else {})
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    ptx = found.asm["ptx"]
+    return {
+        "wide loads": ptx.count("v4.b32"),
+        "waits": ptx.count("griddepcontrol.wait"),
+        "tensor cores": "mma" in ptx,
+        "shared": found.metadata.shared,
+    }
+
+heads = dict(HEADS=HEADS, KV_HEADS=KV_HEADS, SIZE=SIZE)
+split = heads | dict(WINDOW=0, SPLITS=16, SPREAD=2, BLOCK=64, GROUP=16)
+report = {}
+for bits, group, block, warps in ((0, 1, 1024, 2), (4, 64, 512, 2), (8, 64, 1024, 4)):
+    form = dict(ROWS=4, BLOCK=block, BITS=bits, GROUP=group)
+    kinds = {"weight": "*u8" if bits else "*bf16"}
+    for kernel, more in (
+        (products.project_heads, heads | {"WIDTH": HIDDEN}),
+        (products.add_product, dict(HEIGHT=HIDDEN, WIDTH=FFN)),
+        (products.gate_up, dict(HEIGHT=FFN, WIDTH=HIDDEN)),
+    ):
+        name = f"{kernel.__name__} {bits}"
+        report[name] = compile(kernel, warps, True, kinds, **form, **more)
+report["head"] = compile(
+    products.head, 2, True, HEIGHT=VOCAB, WIDTH=HIDDEN, REPEAT=8, ROWS=4, BLOCK=1024
+)
+report["attend"] = compile(attention.attend, 4, True, **split)
+report["attend_tiles"] = compile(
+    prompt.attend_tiles, 8, **heads, WINDOW=0, ROWS=128, BLOCK=64
+)
+report["choose"] = compile(rows.choose, 16, True, ROWS=1, BLOCKS=4748, BLOCK=8192, STEPS=32)
+report["embed"] = compile(rows.embed, WIDTH=HIDDEN, BLOCK=1024, kinds={"step": "*i32"})
+report["add_and_norm"] = compile(rows.add_and_norm, ADDS=True, WIDTH=HIDDEN, BLOCK=1024)
+report["rotate_and_store"] = compile(rows.rotate_and_store, 1, **heads)
+report["silu_times"] = compile(rows.silu_times, HEIGHT=FFN, BLOCK=1024)
+report["best_of_blocks"] = compile(
+    rows.best_of_blocks, HEIGHT=VOCAB, BLOCKS=75, BLOCK=2048
+)
+for bits in (4, 8):
+    report[f"packed_rows {bits}"] = compile(
+        packed.packed_rows, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=True, ROWS=16, BLOCK=64, BITS=bits,
+        GROUP=64,
+    )
+    report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_hopper_with_wide_loads() -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout.splitlines()[-1])
+    for name, found in report.items():
+        product = name.startswith(("project", "add_product", "gate_up", "head"))
+        if product or name == "attend":
+            assert found["waits"] >= 1, name
+            assert found["wide loads"] >= 2, name
+        if name.startswith(("attend", "packed_rows")):
+            assert found["tensor cores"], name
+        assert found["shared"] <= 227 << 10, name
