@@ -160,7 +160,7 @@ class WeightLoader:
 
     def _raw(self, tensor: HostTensor) -> mx.array:
         self.bytes += tensor.nbytes
-        if tensor.origin is None or not self._kernels.lazy:
+        if tensor.origin is None:
             return to_device(tensor)
         path, name = tensor.origin
         if name not in self._unread.get(path, {}):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,13 @@ from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
 from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD, schema  # noqa: E402
 from qwen2kit.weights.checkpoint import open_checkpoint  # noqa: E402
 from qwen2kit.weights.convert import convert  # noqa: E402
-from qwen2kit.weights.source import MemorySource  # noqa: E402
+from qwen2kit.weights.source import (  # noqa: E402
+    AffineTensor,
+    MemorySource,
+    TensorInfo,
+    WeightSource,
+)
+from qwen2kit.weights.tensor import HostTensor  # noqa: E402
 from qwen2kit_mlx.backend import MLXBackend  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
 from tests.tiny_checkpoint import write_tiny_checkpoint  # noqa: E402
@@ -147,9 +154,10 @@ def test_nothing_runs_before_load() -> None:
             use()
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_files_are_read_by_mlx_itself(
-    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, kernels: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dense and packed directories, each file opened once; the same tensors to the bit."""
     write_tiny_checkpoint(tmp_path / "hf", head_dim=32)
@@ -166,9 +174,34 @@ def test_files_are_read_by_mlx_itself(
     for form in ("hf", "mlx"):
         checkpoint = open_checkpoint(tmp_path / form)
         opened.clear()
-        by_mlx = model(checkpoint.spec, checkpoint.weights, "native", getattr(mx, dtype))
+        read = model(checkpoint.spec, checkpoint.weights, kernels, getattr(mx, dtype))
         assert len(opened) == 1
-        by_map = model(checkpoint.spec, checkpoint.weights, "host", getattr(mx, dtype))
+        copied = model(checkpoint.spec, Nowhere(checkpoint.weights), kernels, getattr(mx, dtype))
         assert len(opened) == 1
-        for (name, got), (_, expected) in zip(by_mlx.export(), by_map.export(), strict=True):
+        for (name, got), (_, expected) in zip(read.export(), copied.export(), strict=True):
             assert np.array_equal(got.raw(), expected.raw()), name
+
+
+class Nowhere:
+    """A source whose tensors do not say which file they come from."""
+
+    def __init__(self, base: WeightSource) -> None:
+        self._base = base
+
+    def names(self) -> tuple[str, ...]:
+        return self._base.names()
+
+    def info(self, name: str) -> TensorInfo:
+        return self._base.info(name)
+
+    def read(self, name: str) -> HostTensor:
+        return replace(self._base.read(name), origin=None)
+
+    def affine(self, name: str) -> AffineTensor | None:
+        packed = self._base.affine(name)
+        if packed is None:
+            return None
+        parts = (packed.packed, packed.scales, packed.biases)
+        return AffineTensor(
+            *(replace(t, origin=None) for t in parts), packed.bits, packed.group_size
+        )
