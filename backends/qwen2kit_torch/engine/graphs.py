@@ -156,7 +156,8 @@ class CapturedStep:
             step.run()  # compiles, and stores nothing: all slots are negative
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # Other threads may go on using the device meanwhile.
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             step.run()
         self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._ids = torch.empty(HISTORY, count, dtype=torch.int32, pin_memory=True)

@@ -6,6 +6,8 @@ scoring, export and prefill go on as before.
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -58,22 +60,25 @@ class JoinedWeights:
 def can_capture(model: Qwen2, device: torch.device) -> bool:
     """Whether decoding steps of a loaded model can be captured on ``device``.
 
-    That takes CUDA and Triton, plain matrices that will not change (those that share an
-    input in one form), and heads of a power of two.
+    That takes CUDA and Triton (with a C compiler), plain matrices that will not change (those that
+    share an input in one form), and heads of a power of two.
     """
     size = model.spec.head_dim
     return (
         device.type == "cuda"
-        and find_spec("triton") is not None
+        and _has_triton()
         and size >= 16
         and size & (size - 1) == 0
         and not any(parameter.requires_grad for parameter in model.parameters())
-        and all(
-            type(m) in (Linear, QuantizedLinear)
-            for m in model.modules()
-            if isinstance(m, nn.Linear)
-        )
+        and all(type(m) in _KNOWN for m in model.modules() if isinstance(m, nn.Linear))
+        and all(_alike(joint) for layer in model.model.layers for joint in _joints(layer))
     )
+
+
+def _has_triton() -> bool:
+    """Whether Triton is there, and the C compiler with which it builds its launchers."""
+    compilers = (os.environ.get("CC"), shutil.which("clang"), shutil.which("gcc"))
+    return find_spec("triton") is not None and any(compilers)
 
 
 def join(model: Qwen2) -> JoinedWeights:
