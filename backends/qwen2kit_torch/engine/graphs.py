@@ -117,7 +117,8 @@ class GraphSlots(EagerSlots):
         step = self._steps.get(bucket)
         if step is None:
             rope = self._model.rotary.tables(self.capacity, self._device, self._weights.norm.dtype)
-            early = torch.cuda.get_device_capability(self._device) >= (9, 0)
+            early = torch.version.hip is None
+            early = early and torch.cuda.get_device_capability(self._device) >= (9, 0)
             plain = Step(self._model.spec, self._weights, self._storage, bucket, rope, early=early)
             step = self._steps[bucket] = CapturedStep(plain, bucket, self._pool)
             self._pool = step.graph.pool()

@@ -21,6 +21,7 @@ from qwen2kit_torch.quantized import Quantized, QuantizedLinear
 
 Matrix = Tensor | Quantized
 _KNOWN = (Linear, QuantizedLinear)
+_OLDEST = (8, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +61,14 @@ class JoinedWeights:
 def can_capture(model: Qwen2, device: torch.device) -> bool:
     """Whether decoding steps of a loaded model can be captured on ``device``.
 
-    That takes CUDA and Triton (with a C compiler), plain matrices that will not change (those that
-    share an input in one form), and heads of a power of two.
+    That takes CUDA (Ampere or later, whose shared memory holds the tiles of attention) and Triton
+    (with a C compiler), plain matrices that will not change (those that share an input in one
+    form), and heads of a power of two.
     """
     size = model.spec.head_dim
     return (
         device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= _OLDEST
         and _has_triton()
         and size >= 16
         and size & (size - 1) == 0

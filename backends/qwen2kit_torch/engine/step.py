@@ -182,12 +182,14 @@ class Step(Layers):
         products = {
             "heads": layer.heads, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down
         }  # fmt: skip
-        packed: dict[str, Any] = {
+        changes: dict[str, Any] = {
             name: packed_tile(matrix.shape[1], matrix.bits)
             for name, matrix in products.items()
             if isinstance(matrix, Quantized)
         }
-        return replace(found, **packed)
+        if self._weights.norm.dtype.itemsize > 2:
+            changes["keys"] = 32  # of float32, as much shared memory as 64 of bfloat16
+        return replace(found, **changes)
 
     def _count_splits(self) -> int:
         """Ranges that fill the device for this number of rows, each of one block at least."""

@@ -37,6 +37,8 @@ def test_only_models_that_stay_as_they_are_on_cuda_are_captured(
     cuda = torch.device("cuda")
     pytest.importorskip("triton")
     monkeypatch.setenv("CC", "cc")
+    capability = [(8, 6)]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: capability[0])
     plain = ours(SPECS["tied"]).module
     assert can_capture(plain, cuda)
     assert not can_capture(plain, torch.device("cpu"))
@@ -46,6 +48,10 @@ def test_only_models_that_stay_as_they_are_on_cuda_are_captured(
     assert can_capture(packed, cuda)
     packed.model.layers[0].mlp.up_proj.group = 64
     assert not can_capture(packed, cuda)
+    capability[0] = (7, 5)
+    assert not can_capture(plain, cuda)
+    capability[0] = (9, 0)
+    assert can_capture(plain, cuda)
     monkeypatch.delenv("CC")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not can_capture(plain, cuda)
