@@ -139,6 +139,7 @@ def measure(folder: Path, form: str, options: argparse.Namespace) -> dict[str, A
     for turn in range(options.loads + 1):  # the first one warms caches
         for name, kind in kinds.items():
             models.pop(name, None)
+            gc.collect()  # or the old one counts as there before
             before = mx.get_active_memory()
             models[name], seconds = load(kind, folder, form)
             weights[name] = mx.get_active_memory() - before

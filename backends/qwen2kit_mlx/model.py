@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 
@@ -22,7 +21,7 @@ FEW = 64
 """Rows up to which the parts between attentions run compiled. That spares the host most of the
 work of a step, and takes a compilation for every number of rows that occurs."""
 
-Between = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+Step = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +64,10 @@ class Decoder:
     ) -> None:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
         self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype)
-        self._between: list[Between] = [
-            partial(self._between_attention, index) for index in range(len(params.layers))
+        layers = params.layers
+        self._between: list[Step] = [
+            Between(kernels, spec.rms_norm_eps, layer, following)
+            for layer, following in zip(layers, (*layers[1:], None), strict=True)
         ]
         self._compiled = [mx.compile(step) for step in self._between] if kernels.compiles else []
 
@@ -85,7 +86,7 @@ class Decoder:
         if trace is not None:
             trace.append(x_ND)
         steps = self._compiled if self._compiled and x_ND.shape[0] <= FEW else self._between
-        stacked = self._stacked(0, x_ND)
+        stacked = stacked_heads(self.params.layers[0], x_ND, self.spec.rms_norm_eps)
         for index, between in enumerate(steps):
             heads_BTGC = stacked.reshape(rows, count, -1, self.spec.head_dim)
             x_ND, stacked = between(x_ND, attend(index, heads_BTGC))
@@ -95,28 +96,44 @@ class Decoder:
 
     def final_norm(self, x: mx.array) -> mx.array:
         """The final RMSNorm of ``[..., D]``."""
-        return self._norm(x, self.params.norm)
+        return mx.fast.rms_norm(x, self.params.norm, self.spec.rms_norm_eps)
 
     def logits(self, x: mx.array) -> mx.array:
         """``[..., D]`` from `__call__` to logits ``[..., V]`` in the compute dtype."""
         return self.params.head(self.final_norm(x))
 
-    def _stacked(self, index: int, x_ND: mx.array) -> mx.array:
-        """Queries, keys and values ``[N, G * C]`` of a layer."""
-        layer = self.params.layers[index]
-        return layer.qkv(self._norm(x_ND, layer.input_norm))
 
-    def _between_attention(
-        self, index: int, x_ND: mx.array, attended: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """From a layer's attention to the next one's: the layer's output, and what the next
-        attention takes (after the last layer, the output again)."""
-        layer = self.params.layers[index]
+class Between:
+    """From one layer's attention to the next one's.
+
+    Holds no `Decoder`: a model that is dropped gives its memory back at once, not when Python
+    looks for cycles.
+
+    Args:
+        kernels: who computes.
+        eps: of the norms.
+        layer: whose attention was computed.
+        following: the next layer, or None.
+    """
+
+    def __init__(
+        self, kernels: Kernels, eps: float, layer: LayerParams, following: LayerParams | None
+    ) -> None:
+        self._kernels, self._eps = kernels, eps
+        self._layer, self._following = layer, following
+
+    def __call__(self, x_ND: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
+        """The layer's output, and what the next attention takes (after the last layer, the output
+        again)."""
+        layer = self._layer
         x_ND = layer.o(attended, x_ND)
-        stacked_N2F = layer.gate_up(self._norm(x_ND, layer.post_norm))
-        x_ND = layer.down(self.kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
-        last = index + 1 == len(self.params.layers)
-        return x_ND, x_ND if last else self._stacked(index + 1, x_ND)
+        stacked_N2F = layer.gate_up(mx.fast.rms_norm(x_ND, layer.post_norm, self._eps))
+        x_ND = layer.down(self._kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
+        if self._following is None:
+            return x_ND, x_ND
+        return x_ND, stacked_heads(self._following, x_ND, self._eps)
 
-    def _norm(self, x: mx.array, weight: mx.array) -> mx.array:
-        return mx.fast.rms_norm(x, weight, self.spec.rms_norm_eps)
+
+def stacked_heads(layer: LayerParams, x_ND: mx.array, eps: float) -> mx.array:
+    """Queries, keys and values ``[N, G * C]`` of a layer."""
+    return layer.qkv(mx.fast.rms_norm(x_ND, layer.input_norm, eps))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ import mlx.nn as nn  # noqa: E402
 from qwen2kit.spec.model import RoPESpec  # noqa: E402
 from qwen2kit.spec.reference import ReferenceModel  # noqa: E402
 from qwen2kit.spec.rope import rope_table  # noqa: E402
+from qwen2kit_mlx.compiled import MLXModel  # noqa: E402
 from qwen2kit_mlx.kernels import NativeKernels  # noqa: E402
 from qwen2kit_mlx.rotary import Rotary  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
@@ -95,3 +98,21 @@ def test_host_attention_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model(spec, weights, "host").logits(TOKENS)
     monkeypatch.setattr("qwen2kit_mlx.host_kernels._SCORES_PER_BLOCK", 4 * 23 * 3)
     assert np.abs(model(spec, weights, "host").logits(TOKENS) - whole).max() < 1e-5
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_dropped_model_gives_its_memory_back_at_once(fuse: bool) -> None:
+    """Without waiting for Python to look for cycles, also after it has computed."""
+    spec = SPECS["untied"]
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        made = MLXModel(spec, mx.Device(mx.cpu), mx.float32, NativeKernels(fuse=fuse), 256)
+        made.load(random_weights(spec))
+        made.logits([1, 2, 3])
+        assert mx.get_active_memory() - before > 100_000
+        del made
+        assert mx.get_active_memory() - before < 20_000
+    finally:
+        gc.enable()
