@@ -39,7 +39,7 @@ class Ours:
         from qwen2kit.backend.registry import get
         from qwen2kit.bench.prompts import random_prompts
         from qwen2kit.bench.random_weights import RandomSource
-        from qwen2kit.bench.roof import roof_of
+        from qwen2kit.bench.roof import Held, roof_of
         from qwen2kit.spec.presets import preset
 
         self.spec, backend = preset(name), get("torch")
@@ -53,7 +53,7 @@ class Ours:
         self.prompts = random_prompts(self.spec.vocab_size)
         self.meter = backend.meter(plan)  # type: ignore[attr-defined]
         self.roof = lambda: roof_of(
-            self.spec, self.weights, dtype,  # type: ignore[arg-type]
+            self.spec, self.weights, Held(dtype),  # type: ignore[arg-type]
             bandwidth=self.meter.copy_bandwidth(), matmul=self.meter.matmul_rate(),
         )  # fmt: skip
         self.one(8)

@@ -6,6 +6,7 @@ Roofline model (Williams et al., CACM 52(4), 2009) with both limits measured on 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from qwen2kit.spec.counts import kv_bytes_per_token
 from qwen2kit.spec.model import ModelSpec
@@ -44,30 +45,52 @@ class Roof:
         return max(moved / self.bandwidth, products / self.matmul)
 
 
+class Held(NamedTuple):
+    """How a compiled model holds what it reads.
+
+    Attributes:
+        dtype: compute dtype, of everything that is not quantised.
+        packed: bits of checkpoints whose matrices stay as they are stored.
+        weight_bits, group: of the layers' matrices if they were quantised while loading.
+        cache_bits: of keys and values if they are.
+    """
+
+    dtype: DType
+    packed: tuple[int, ...] = ()
+    weight_bits: int | None = None
+    group: int = 64
+    cache_bits: int | None = None
+
+
 def roof_of(
-    spec: ModelSpec, weights: WeightSource, dtype: DType, *, bandwidth: float, matmul: float
+    spec: ModelSpec, weights: WeightSource, held: Held, *, bandwidth: float, matmul: float
 ) -> Roof:
-    """The roof of a model that holds ``weights`` in ``dtype``, packed ones as they are."""
+    """The roof of a model that was loaded from ``weights``; the scales of a quantised cache are
+    left out of it."""
+    width = 8 * ITEM_SIZE[held.dtype] if held.cache_bits is None else held.cache_bits
     return Roof(
         bandwidth=bandwidth,
         matmul=matmul,
-        weights=decode_weight_bytes(spec, weights, dtype),
-        cache=kv_bytes_per_token(spec, ITEM_SIZE[dtype]),
+        weights=decode_weight_bytes(spec, weights, held),
+        cache=kv_bytes_per_token(spec, width) // 8,
         spec=spec,
     )
 
 
-def decode_weight_bytes(spec: ModelSpec, weights: WeightSource, dtype: DType) -> int:
+def decode_weight_bytes(spec: ModelSpec, weights: WeightSource, held: Held) -> int:
     """Bytes of every parameter but an embedding that is not also the head (one row of it is)."""
+    item = ITEM_SIZE[held.dtype]
     total = 0
     for param in schema(spec):
         if param.kind == "embedding" and not spec.tie_word_embeddings:
             continue
-        packed = weights.affine(param.name) if param.quantizable else None
-        if packed is None:
-            total += param.size * ITEM_SIZE[dtype]
+        stored = weights.affine(param.name) if param.quantizable else None
+        if stored is not None and stored.bits in held.packed:
+            total += stored.packed.nbytes + stored.scales.nbytes + stored.biases.nbytes
+        elif param.kind == "linear" and held.weight_bits is not None:
+            total += param.size * held.weight_bits // 8 + 2 * item * param.size // held.group
         else:
-            total += packed.packed.nbytes + packed.scales.nbytes + packed.biases.nbytes
+            total += param.size * item
     return total
 
 

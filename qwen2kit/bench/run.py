@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qwen2kit.backend.meter import MeteredBackend
 from qwen2kit.bench.measure import measure_decode, measure_prefill, measure_throughput
 from qwen2kit.bench.report import decode_entry, prefill_entry, throughput_entry
-from qwen2kit.bench.roof import Roof, roof_of
+from qwen2kit.bench.roof import Held, Roof, roof_of
 from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.spec.counts import count_params
 
@@ -153,10 +153,18 @@ def _meter(subject: Subject) -> DeviceMeter | None:
 
 
 def _roof(subject: Subject, meter: DeviceMeter) -> Roof:
+    plan = subject.plan
+    held = Held(
+        cast("DType", meter.dtype),
+        packed=subject.backend.capabilities().quantized_bits,
+        weight_bits=plan.weight_bits,
+        group=plan.weight_group_size,
+        cache_bits=plan.cache_bits,
+    )
     return roof_of(
         subject.model.spec,
         subject.weights,
-        cast("DType", meter.dtype),
+        held,
         bandwidth=meter.copy_bandwidth(),
         matmul=meter.matmul_rate(),
     )
@@ -174,6 +182,8 @@ def _facts(subject: Subject, meter: DeviceMeter | None, roof: Roof | None) -> di
         "versions": subject.backend.versions(),
         "device": {"name": device.name, "kind": device.kind, "memory_bytes": device.memory_bytes},
         "dtype": None if meter is None else meter.dtype,
+        "weight_bits": subject.plan.weight_bits,
+        "cache_bits": subject.plan.cache_bits,
         "load": {"seconds": subject.report.seconds, "bytes": subject.report.bytes},
         "memory": {
             "decode_weight_bytes": None if roof is None else roof.weights,

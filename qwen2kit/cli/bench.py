@@ -28,6 +28,12 @@ def bench(
     backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
+    weight_bits: Annotated[
+        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
+    ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
+    ] = None,
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens; '' skips.")] = (
         "128,512,2048"
     ),
@@ -64,7 +70,7 @@ def bench(
         new=new,
         repeats=repeats,
     )
-    plan = ExecutionPlan(device=device, dtype=dtype)
+    plan = ExecutionPlan(device=device, dtype=dtype, weight_bits=weight_bits, cache_bits=cache_bits)
     screen = console()
     with screen.status("loading") as status:
         drafter = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,25 @@ from qwen2kit.bench import measure
 from qwen2kit.bench.measure import measure_decode, measure_prefill, measure_throughput
 from qwen2kit.bench.prompts import random_prompts
 from qwen2kit.bench.random_weights import RandomSource
-from qwen2kit.bench.roof import Roof, decode_flops, decode_weight_bytes, prefill_flops
+from qwen2kit.bench.roof import (
+    Held,
+    Roof,
+    decode_flops,
+    decode_weight_bytes,
+    prefill_flops,
+    roof_of,
+)
 from qwen2kit.bench.run import Subject, Workload, bench
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.presets import preset
 from qwen2kit.spec.schema import schema
+from qwen2kit.weights.checkpoint import open_checkpoint
+from qwen2kit.weights.convert import convert
 from qwen2kit.weights.match import check_fits
+from qwen2kit.weights.safetensors_read import SafetensorsFile
 from tests.conftest import small_spec
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
 def test_random_weights_fit_and_look_normal() -> None:
@@ -63,7 +75,31 @@ def test_weight_bytes_of_a_step() -> None:
     ):
         spec = preset(name)
         source = RandomSource(spec, "bfloat16")
-        assert decode_weight_bytes(spec, source, "bfloat16") == 2 * elements
+        assert decode_weight_bytes(spec, source, Held("bfloat16")) == 2 * elements
+
+
+def test_quantised_weights_count_as_they_are_held(tmp_path: Path) -> None:
+    """The bytes of the file MLX reads; dense where the backend expands it; torch's own 4 bits."""
+    write_tiny_checkpoint(tmp_path / "hf", hidden_size=128)
+    convert(open_checkpoint(tmp_path / "hf"), tmp_path / "mlx", to="mlx", quantize_bits=4)
+    checkpoint = open_checkpoint(tmp_path / "mlx")
+    spec, source = checkpoint.spec, checkpoint.weights
+    file = SafetensorsFile(tmp_path / "mlx" / "model.safetensors")
+    stored = sum(file.read(name).nbytes for name in file.names())
+    norms = sum(p.size for p in schema(spec) if not p.quantizable)
+    narrow = sum(file.read(n).nbytes for n in file.names() if "norm" in n or n.endswith("j.bias"))
+    packed = decode_weight_bytes(spec, source, Held("float32", packed=(4,)))
+    assert packed == stored - narrow + 4 * norms
+    dense = decode_weight_bytes(spec, source, Held("float32"))
+    assert dense == 4 * sum(p.size for p in schema(spec))
+    layers = sum(p.size for p in schema(spec) if p.kind == "linear")
+    own = decode_weight_bytes(spec, source, Held("float32", weight_bits=4))
+    assert dense - own == layers * 4 - layers // 2 - layers // 64 * 8
+    roofs = [
+        roof_of(spec, source, Held("float32", cache_bits=bits), bandwidth=1.0, matmul=1.0)
+        for bits in (None, 8)
+    ]
+    assert roofs[0].cache == 4 * roofs[1].cache
 
 
 def test_flops_are_those_torch_counts_in_transformers() -> None:
