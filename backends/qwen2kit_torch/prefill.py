@@ -1,6 +1,6 @@
 """Running tokens through the model in bounded slices.
 
-Shapes: R rows, T tokens, D hidden, V vocabulary.
+Shapes: T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,18 +9,10 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from qwen2kit_torch.kv_cache import KVCache
 from qwen2kit_torch.model import Qwen2
 
 TOKENS_PER_PASS = 2048
 _LOGITS_PER_SLICE = 1 << 25
-
-
-def feed(model: Qwen2, tokens_RT: Tensor, cache: KVCache) -> Iterator[Tensor]:
-    """Append tokens to the cache; yields final hidden states ``[R, t, D]`` slice by slice."""
-    step = max(1, TOKENS_PER_PASS // len(tokens_RT))
-    for start in range(0, tokens_RT.shape[1], step):
-        yield model.forward_hidden(tokens_RT[:, start : start + step], cache=cache)
 
 
 def logits_in_slices(model: Qwen2, hidden_TD: Tensor) -> Iterator[tuple[int, Tensor]]:
