@@ -1,8 +1,7 @@
 """Keys and values of all layers, preallocated, where a token's slot is its position.
 
-Rows of a ragged batch are right-padded: row ``i`` holds ``lengths[i]`` valid slots, whatever lies
-beyond is overwritten before it can be seen. Slots start as zeros, because a masked NaN would
-still spread (0 * NaN). Shapes: B rows, K kv heads, S slots, C head_dim.
+What lies beyond the valid slots is overwritten before it can be seen. Slots start as zeros, because
+a masked NaN would still spread (0 * NaN). Shapes: B rows, K kv heads, S slots, C head_dim.
 """
 
 from __future__ import annotations
@@ -41,11 +40,10 @@ class Cache(Protocol):
 
 
 class KVCache:
-    """One cache per running batch.
+    """A cache of one row, whose slots can be picked.
 
     Args:
         spec: the model.
-        rows: B.
         device: where it lives.
         dtype: compute dtype of the model.
         capacity: slots to allocate at once; more are added in blocks when needed.
@@ -55,19 +53,17 @@ class KVCache:
         self,
         spec: ModelSpec,
         *,
-        rows: int,
         device: torch.device,
         dtype: torch.dtype,
         capacity: int = _BLOCK,
     ) -> None:
-        self.lengths = [0] * rows
-        self._shape = (rows, spec.num_key_value_heads, _round_up(capacity), spec.head_dim)
+        self.lengths = [0]
+        self._shape = (1, spec.num_key_value_heads, _round_up(capacity), spec.head_dim)
         self._layers = [
             (torch.zeros(self._shape, device=device, dtype=dtype),
              torch.zeros(self._shape, device=device, dtype=dtype))
             for _ in range(spec.num_hidden_layers)
         ]  # fmt: skip
-        self._slots: Tensor | None = None
 
     @property
     def capacity(self) -> int:
@@ -76,51 +72,36 @@ class KVCache:
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` more tokens in every row, before the layers append them."""
-        needed = max(self.lengths) + new
+        needed = self.lengths[0] + new
         if needed > self.capacity:
             self._reallocate(_round_up(max(needed, self.capacity + self.capacity // 2)))
-        if min(self.lengths) == max(self.lengths):
-            self._slots = None
-        else:
-            starts = torch.tensor(self.lengths, device=self._layers[0][0].device)
-            self._slots = starts[:, None] + torch.arange(new, device=starts.device)
 
     def append(self, layer: int, k_BKTC: Tensor, v_BKTC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all up to the longest row, ``[B,K,S,C]``."""
+        """Store a layer's new keys and values; returns all, ``[1, K, S, C]``."""
         keys, values = self._layers[layer]
         new = k_BKTC.shape[2]
-        start = max(self.lengths)
-        if self._slots is None:
-            keys[:, :, start : start + new] = k_BKTC
-            values[:, :, start : start + new] = v_BKTC
-        else:
-            rows = torch.arange(len(keys), device=keys.device)[:, None]
-            keys[rows, :, self._slots] = k_BKTC.transpose(1, 2)
-            values[rows, :, self._slots] = v_BKTC.transpose(1, 2)
+        start = self.lengths[0]
+        keys[:, :, start : start + new] = k_BKTC
+        values[:, :, start : start + new] = v_BKTC
         return keys[:, :, : start + new], values[:, :, : start + new]
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as present in every row, after all layers have appended them."""
-        self.lengths = [length + new for length in self.lengths]
-
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget everything from slot ``lengths[i]`` on in row ``i``."""
-        assert all(new <= old for new, old in zip(lengths, self.lengths, strict=True))
-        self.lengths = list(lengths)
+        self.lengths = [self.lengths[0] + new]
 
     def keep_slots(self, slots: Sequence[int]) -> None:
-        """Drop all slots but ``slots`` (of a cache of one row), which keep the given order."""
-        assert len(self.lengths) == 1
+        """Drop all slots but ``slots``, which keep the given order."""
         count = len(slots)
+        assert count <= self.lengths[0]
         if any(slot != index for index, slot in enumerate(slots)):
             index = torch.tensor(slots, device=self._layers[0][0].device)
             for pair in self._layers:
                 for part in pair:
                     part[:, :, :count] = part[:, :, index]
-        self.truncate([count])
+        self.lengths = [count]
 
     def _reallocate(self, capacity: int) -> None:
-        used = max(self.lengths)
+        used = self.lengths[0]
         self._shape = (*self._shape[:2], capacity, self._shape[3])
         for layer, pair in enumerate(self._layers):
             grown = tuple(old.new_zeros(self._shape) for old in pair)

@@ -54,7 +54,6 @@ def _score(
     with torch.inference_mode():
         cache = KVCache(
             model.spec,
-            rows=1,
             device=weight.device,
             dtype=weight.dtype,
             capacity=longest + min(budget.tokens, sum(len(r.context) for r in requests)),
