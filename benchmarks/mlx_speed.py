@@ -222,8 +222,8 @@ def main() -> None:
                 result = measure(folder, form, options)
             show(shape, form, result)
             report["models"][f"{shape} {form}"] = result
-    if options.output:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+            if options.output:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
