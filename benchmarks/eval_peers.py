@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from eval_requests import Requests
 
-Answers = tuple[list[tuple[float, bool]], list[str]]
+Result = dict[str, Any]
+Answers = tuple[list[tuple[float, bool]], list[str | None]]
+Keep = Callable[[Result], None]
 
 
 def note(text: str) -> None:
@@ -48,16 +53,37 @@ def questions(requests: Requests) -> Iterator[list[int]]:
         yield group
 
 
-def share(requests: Requests, options: argparse.Namespace) -> tuple[list[int], list[int]]:
-    """Which requests and which prompts ``hf`` answers: evenly spread over all."""
+def share(requests: Requests, part: float) -> list[int]:
+    """Requests of ``part`` of the questions, evenly spread over all."""
     groups = list(questions(requests))
-    chosen = spread(len(groups), max(1, round(len(groups) * options.hf_share)))
-    count = min(options.hf_gen_prompts, max(1, round(len(requests.prompts) * options.hf_share)))
-    return [i for g in chosen for i in groups[g]], spread(len(requests.prompts), count)
+    chosen = spread(len(groups), max(1, round(len(groups) * part)))
+    return [index for number in chosen for index in groups[number]]
 
 
 def spread(total: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int)).tolist()
+
+
+def scattered(total: int) -> list[int]:
+    """All numbers below ``total``, the middle first; every beginning is evenly spread."""
+    golden = (5**0.5 - 1) / 2
+    return list(dict.fromkeys(int(total * ((0.5 + i * golden) % 1)) for i in range(4 * total)))
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a number of prompts took, in seconds."""
+
+    prompts: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def __add__(self, other: Timed) -> Timed:
+        return Timed(
+            self.prompts + other.prompts,
+            self.seconds + other.seconds,
+            self.cpu_seconds + other.cpu_seconds,
+        )
 
 
 class Ours:
@@ -73,14 +99,14 @@ class Ours:
         self.loaded = load_model(model, backend=backend, plan=plan)
         self.lm = Qwen2KitLM(self.loaded, batch_size=options.together or "auto")
 
-    def measure(self, requests: Requests) -> tuple[dict[str, Any], Answers]:
+    def measure(self, requests: Requests, keep: Keep) -> tuple[Result, Answers]:
         from qwen2kit.generate.prefix import plan_scores
 
         few = Requests(requests.scores[:64], requests.prompts[:2])
         self._answer(few)  # kernels are chosen and compiled
         start, cpu = synchronized(), time.process_time()
         answers = self._answer(requests)
-        result: dict[str, Any] = {
+        result: Result = {
             "seconds": round(synchronized() - start, 3),
             "cpu_seconds": round(time.process_time() - cpu, 3),
             **sizes(requests),
@@ -89,15 +115,15 @@ class Ours:
             steps = plan_scores(requests.scores)
             result["computed_tokens"] = sum(len(step.feed) for step in steps)
         else:
-            result["generated_tokens"] = sum(map(len, self._encode(answers[1])))
+            result["generated_tokens"] = sum(map(len, self._encode(filter(None, answers[1]))))
         return result, answers
 
     def _answer(self, requests: Requests) -> Answers:
         scores = self.lm._score(requests.scores, True) if requests.scores else []
-        return scores, generated(self.lm, requests)
+        return scores, [*generated(self.lm, requests)]
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.loaded.tokenizer.encode_many(texts)
+    def _encode(self, texts: Iterable[str]) -> list[list[int]]:
+        return self.loaded.tokenizer.encode_many(list(texts))
 
 
 class LmEval:
@@ -116,52 +142,103 @@ class LmEval:
             network.to(options.device).eval(), tokenizer=AutoTokenizer.from_pretrained(model)
         )
 
-    def measure(self, requests: Requests) -> tuple[dict[str, Any], Answers]:
-        scored, prompts = share(requests, self.options)
-        asked = Requests(
-            [requests.scores[i] for i in scored], [requests.prompts[i] for i in prompts]
-        )
-        tried, cpu, answers = self._at_batch_sizes(asked)
-        best = min(tried, key=tried.__getitem__)
-        count = len(list(questions(asked))) or len(prompts)
-        total = len(list(questions(requests))) or len(requests.prompts)
+    def measure(self, requests: Requests, keep: Keep) -> tuple[Result, Answers]:
+        return self._generate(requests, keep) if requests.prompts else self._score(requests)
+
+    def _score(self, requests: Requests) -> tuple[Result, Answers]:
+        """A share of the questions at every batch size."""
+        scored = share(requests, self.options.hf_share)
+        asked = Requests([requests.scores[i] for i in scored])
+        triples = [(None, [*r.context], [*r.continuation]) for r in asked.scores]
+        self._scores(triples[:8], 1)  # not counted
+        tried: dict[str, Timed] = {}
+        answers: list[tuple[float, bool]] = []
+        for size in self.options.hf_batches:
+            with self._memory(size):
+                start, before = synchronized(), time.process_time()
+                answers = self._scores(triples, size)
+                tried[str(size)] = since(start, before, 0)
+        best = min(tried, key=lambda size: tried[size].seconds)
+        count, total = (len(list(questions(which))) for which in (asked, requests))
         return {
-            "seconds_by_batch_size": tried,
+            "seconds_by_batch_size": {size: round(t.seconds, 3) for size, t in tried.items()},
             "best_batch_size": int(best),
             "questions": count,
             "of": total,
-            "seconds": round(tried[best] * total / count, 3),
-            "cpu_seconds": round(cpu[best] * total / count, 3),
+            "seconds": round(tried[best].seconds * total / count, 3),
+            "cpu_seconds": round(tried[best].cpu_seconds * total / count, 3),
             **{f"measured_{name}": value for name, value in sizes(asked).items()},
-        }, spread_out(answers, scored, prompts, requests)
+        }, spread_out(answers, scored, requests)
 
-    def _answer(self, asked: Requests) -> Answers:
-        triples = [(None, [*r.context], [*r.continuation]) for r in asked.scores]
-        scores = self.lm._loglikelihood_tokens(triples, disable_tqdm=True) if triples else []
-        return scores, generated(self.lm, asked)
+    def _scores(self, triples: Sequence[Any], size: int) -> list[tuple[float, bool]]:
+        self.lm.batch_size_per_gpu = size
+        found: list[tuple[float, bool]] = self.lm._loglikelihood_tokens(triples, disable_tqdm=True)
+        return found
 
-    def _at_batch_sizes(
-        self, asked: Requests
-    ) -> tuple[dict[str, float], dict[str, float], Answers]:
+    def _generate(self, requests: Requests, keep: Keep) -> tuple[Result, Answers]:
+        """Batches as ``hf`` forms them from all prompts, longest first: the middle one at every
+        size, then, at the best size, scattered ones until the time is over."""
+        prompts = requests.prompts
+        encoded = self.lm.tokenizer([text for text, _ in prompts])["input_ids"]
+        order = sorted(range(len(prompts)), key=lambda i: (-len(encoded[i]), prompts[i][0]))
+        start = time.perf_counter()
+        tried: dict[int, Timed] = {}
+        texts: dict[int, list[str | None]] = {}
+
+        def measured(size: int, number: int) -> Timed:
+            batch = order[number * size : (number + 1) * size]
+            self.lm.batch_size_per_gpu = size
+            begun, cpu = synchronized(), time.process_time()
+            found = generated(self.lm, Requests(prompts=[prompts[i] for i in batch]))
+            spent = since(begun, cpu, len(batch))
+            given = texts.setdefault(size, [None] * len(prompts))
+            for index, text in zip(batch, found, strict=True):
+                given[index] = text
+            return spent
+
+        def over(part: float) -> bool:
+            return time.perf_counter() - start > part * self.options.hf_gen_seconds
+
+        generated(self.lm, Requests(prompts=[(prompts[0][0], {"max_gen_toks": 8})]))  # not counted
+        for size in self.options.hf_gen_batches:
+            if not tried or not over(0.5):
+                with self._memory(size):
+                    tried[size] = measured(size, scattered(count(order, size))[0])
+        best = min(tried, key=lambda size: tried[size].seconds / tried[size].prompts)
+        total = Timed()
+        batches = scattered(count(order, best))
+        for done, number in enumerate(batches, 1):
+            total += measured(best, number) if total.prompts else tried[best]
+            result = self._generation(tried, total, best, len(prompts))
+            result["batches"] = f"{done} of {len(batches)}"
+            keep(result)
+            note(f"hf: {json.dumps(result)}")
+            if over(1):
+                break
+        return result, ([], texts[best])
+
+    @staticmethod
+    def _generation(tried: dict[int, Timed], total: Timed, best: int, prompts: int) -> Result:
+        scale = prompts / total.prompts
+        return {
+            "seconds_of_one_batch": {str(n): round(t.seconds, 3) for n, t in tried.items()},
+            "best_batch_size": best,
+            "questions": total.prompts,
+            "of": prompts,
+            "measured_seconds": round(total.seconds, 3),
+            "seconds": round(total.seconds * scale, 3),
+            "cpu_seconds": round(total.cpu_seconds * scale, 3),
+        }
+
+    @contextmanager
+    def _memory(self, size: int) -> Iterator[None]:
         import torch
 
-        tried: dict[str, float] = {}
-        cpu: dict[str, float] = {}
-        answers: Answers = ([], [])
-        self.lm.batch_size_per_gpu = 1
-        self._answer(Requests(asked.scores[:8], asked.prompts[:1]))  # not counted
-        few = self.options.hf_batches if asked.scores else self.options.hf_gen_batches
-        for size in few:
-            self.lm.batch_size_per_gpu = size
-            try:
-                start, before = synchronized(), time.process_time()
-                answers = self._answer(asked)
-                tried[str(size)] = round(synchronized() - start, 3)
-                cpu[str(size)] = round(time.process_time() - before, 3)
-            except torch.OutOfMemoryError:
-                note(f"hf: batch size {size} is out of memory")
-            release()
-        return tried, cpu, answers
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            note(f"hf: batch size {size} is out of memory")
+        release()
 
 
 class MlxLm:
@@ -173,10 +250,10 @@ class MlxLm:
         self.options = options
         self.lm = MLXLM(str(model), use_chat_template=False)
 
-    def measure(self, requests: Requests) -> tuple[dict[str, Any], Answers]:
+    def measure(self, requests: Requests, keep: Keep) -> tuple[Result, Answers]:
         from lm_eval.api.instance import Instance
 
-        scored, _ = share(requests, self.options)
+        scored = share(requests, self.options.hf_share)
         asked = Requests([requests.scores[i] for i in scored])
         decode = self.lm.tokenizer.decode
         instances = [
@@ -193,7 +270,7 @@ class MlxLm:
             "seconds": round(seconds * total / count, 3),
             "cpu_seconds": round(cpu * total / count, 3),
             **{f"measured_{name}": value for name, value in sizes(asked).items()},
-        }, spread_out((answers, []), scored, [], requests)
+        }, spread_out(answers, scored, requests)
 
 
 def generated(lm: Any, requests: Requests) -> list[str]:
@@ -209,17 +286,23 @@ def generated(lm: Any, requests: Requests) -> list[str]:
     return texts
 
 
+def count(items: Sequence[object], size: int) -> int:
+    """Batches of ``size`` that hold all items."""
+    return -(-len(items) // size)
+
+
+def since(start: float, cpu_start: float, prompts: int) -> Timed:
+    return Timed(prompts, synchronized() - start, time.process_time() - cpu_start)
+
+
 def spread_out(
-    answers: Answers, scored: Sequence[int], prompts: Sequence[int], requests: Requests
+    answers: Sequence[tuple[float, bool]], scored: Sequence[int], requests: Requests
 ) -> Answers:
-    """Answers in their places among all requests; NaN and empty elsewhere."""
+    """Answers in their places among all requests; NaN elsewhere."""
     scores = [(float("nan"), False)] * len(requests.scores)
-    texts = [""] * len(requests.prompts)
-    for index, answer in zip(scored, answers[0], strict=True):
+    for index, answer in zip(scored, answers, strict=True):
         scores[index] = answer
-    for index, text in zip(prompts, answers[1], strict=True):
-        texts[index] = text
-    return scores, texts
+    return scores, []
 
 
 def sizes(requests: Requests) -> dict[str, int]:

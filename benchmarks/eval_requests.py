@@ -79,8 +79,10 @@ def _parts(flat: NDArray[np.uint32], ends: NDArray[np.uint32]) -> Iterator[tuple
         yield tuple(flat[start:end].tolist())
 
 
-def save_answers(path: Path, scores: Sequence[tuple[float, bool]], texts: Sequence[str]) -> None:
-    """Answers in the order of the requests; a request without one has NaN or is left out."""
+def save_answers(
+    path: Path, scores: Sequence[tuple[float, bool]], texts: Sequence[str | None]
+) -> None:
+    """Answers in the order of the requests; a request without one has NaN or None."""
     np.savez_compressed(
         path,
         logprobs=np.array([logprob for logprob, _ in scores]),
@@ -89,7 +91,7 @@ def save_answers(path: Path, scores: Sequence[tuple[float, bool]], texts: Sequen
     )
 
 
-def read_answers(path: Path) -> tuple[list[tuple[float, bool]], list[str]]:
+def read_answers(path: Path) -> tuple[list[tuple[float, bool]], list[str | None]]:
     with np.load(path, allow_pickle=False) as file:
         scores = list(zip(file["logprobs"].tolist(), file["greedy"].tolist(), strict=True))
         return scores, json.loads(gzip.decompress(file["texts"].tobytes()))

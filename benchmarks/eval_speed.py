@@ -5,12 +5,15 @@
 
 Both get the same token ids (or prompts) on the same device, one after the other in one process:
 ours answers everything, ``hf`` (lm-eval's HFLM over transformers with SDPA) an evenly spread share
-of the questions, at every batch size of ``--hf-batches``; its fastest counts, scaled to all.
+of the questions, at every batch size of ``--hf-batches``; its fastest counts, scaled to all. Where
+text is generated, ``hf`` continues one batch of every size of ``--hf-gen-batches``, then batches of
+the best size until ``--hf-gen-seconds`` are over; its batches are those that it forms from all
+prompts (sorted by length), taken evenly spread, and the time is scaled by the number of prompts.
 ``--only mlx,mlx-lm`` does the same with the MLX backend and ``mlx_lm.evaluate``. Times include
 moving data and, for prompts, tokenising; not loading, and not building prompts. On a busy machine
 compare the CPU seconds. Scores and texts of the share are compared. Requests come from
-``eval_requests.py record``; answers go to ``--output`` for its ``score``. A MODEL directory without
-weights gets random ones.
+``eval_requests.py record``; results (after every batch) and answers (for its ``score``) go to
+``--output``. A MODEL directory without weights gets random ones.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from eval_peers import Answers, LmEval, MlxLm, Ours, note, questions, release, share
+from eval_peers import Answers, LmEval, MlxLm, Ours, Result, note, questions, release
 from eval_requests import Requests, save_answers
 
 
@@ -45,18 +48,23 @@ def main() -> int:
             runner = build(model, options)
             note(f"{side}: loaded in {time.perf_counter() - start:.1f} s")
             for name, requests in sets.items():
-                result, given = runner.measure(requests)
+
+                def keep(result: Result, side: str = side, results: Result = found[name]) -> None:
+                    results[side] = result
+                    report(options, found)
+
+                result, given = runner.measure(requests, keep)
                 found[name][side] = result
                 answers[name, side] = given
-                compare(found[name], name, answers, requests, options)
+                compare(found[name], name, answers, requests)
                 note(f"{name}, {side}: {json.dumps(result)}")
                 if options.output:
                     options.output.mkdir(parents=True, exist_ok=True)
                     save_answers(options.output / f"{name}-{side}.npz", *given)
-                    report(options, found)
+                report(options, found)
             del runner
             release()
-    report(options, found)
+    print(json.dumps(found))
     return 0
 
 
@@ -73,7 +81,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--hf-share", type=float, default=1.0, help="part of the questions")
     parser.add_argument("--hf-batches", default="16,32,64", type=numbers, help="for scoring")
     parser.add_argument("--hf-gen-batches", default="64,128,256", type=numbers)
-    parser.add_argument("--hf-gen-prompts", type=int, default=256, help="at most so many")
+    parser.add_argument("--hf-gen-seconds", type=float, default=120.0, help="no batch after them")
     parser.add_argument("--output", type=Path, help="directory for results.json and answers")
     return parser.parse_args()
 
@@ -121,7 +129,6 @@ def compare(
     name: str,
     answers: dict[tuple[str, str], Answers],
     requests: Requests,
-    options: argparse.Namespace,
 ) -> None:
     """Put agreement and ratios of times into ``found`` for the pairs that both have answered."""
     for side, peer in PAIRS:
@@ -130,15 +137,14 @@ def compare(
                 ratio: round(found[peer][unit] / found[side][unit], 2)
                 for ratio, unit in (("speedup", "seconds"), ("cpu_speedup", "cpu_seconds"))
             }
-            same = agreement(answers[name, side], answers[name, peer], requests, options)
+            same = agreement(answers[name, side], answers[name, peer], requests)
             found[f"{side}/{peer}"] = ratios | same
 
 
-def agreement(
-    first: Answers, second: Answers, requests: Requests, options: argparse.Namespace
-) -> dict[str, Any]:
+def agreement(first: Answers, second: Answers, requests: Requests) -> dict[str, Any]:
     """Over the questions that the peer answered."""
-    scored, prompts = share(requests, options)
+    scored = [index for index, (logprob, _) in enumerate(second[0]) if logprob == logprob]
+    prompts = [index for index, text in enumerate(second[1]) if text is not None]
     differences = [abs(first[0][i][0] - second[0][i][0]) for i in scored]
     answered = set(scored)
     groups = [group for group in questions(requests) if group[0] in answered]
@@ -174,7 +180,6 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> None:
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "results.json").write_text(text + "\n")
-    print(json.dumps(found))
 
 
 SIDES: dict[str, Callable[[Path, argparse.Namespace], Any]] = {
