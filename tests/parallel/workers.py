@@ -3,6 +3,7 @@ has torch loaded once."""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import traceback
@@ -56,6 +57,7 @@ def _work(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    faulthandler.dump_traceback_later(150)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),
