@@ -45,6 +45,7 @@ class TextStream:
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = stop
+        self._begins = frozenset(text[0] for text in stop)
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
@@ -64,6 +65,9 @@ class TextStream:
 
     def _release(self, new: str) -> str:
         text = self._held + new
+        if self._begins.isdisjoint(text):
+            self._held = ""
+            return text
         found = [(at + len(s), at) for s in self._stop if (at := text.find(s)) >= 0]
         if found:
             self.stopped = True
