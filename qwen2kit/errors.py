@@ -63,6 +63,13 @@ class BackendError(Qwen2KitError):
     exit_code = 8
 
 
+class NonFiniteLogits(BackendError):
+    """A model's logits hold NaN, or nothing finite to choose from."""
+
+    def __init__(self) -> None:
+        super().__init__("the model produced NaN or infinite logits; use dtype bfloat16 or float32")
+
+
 class MissingExtra(BackendError):
     """An optional dependency is not installed."""
 

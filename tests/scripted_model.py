@@ -62,6 +62,10 @@ class ScriptedSlots:
         self._held[target] = self._held[source][:length]
         self._scripts[target] = (0, ())
 
+    def clear(self, slot: int) -> None:
+        self._held[slot] = []
+        self._scripts[slot] = (0, ())
+
     def close(self) -> None:
         self._held = []
 

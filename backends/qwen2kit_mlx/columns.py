@@ -95,6 +95,10 @@ class Columns(Protocol):
         ``source``, which may be the same."""
         ...
 
+    def clear(self, row: int) -> None:
+        """Make all columns of a row zero."""
+        ...
+
     def permute(self, order: mx.array) -> None:
         """Let row ``i`` be what row ``order[i]`` was."""
         ...
@@ -151,6 +155,10 @@ class DenseColumns:
     def copy(self, source: int, target: int, first: int, count: int) -> None:
         """See `Columns.copy`."""
         duplicate(self._stored, source, target, first, count)
+
+    def clear(self, row: int) -> None:
+        """See `Columns.clear`."""
+        self._stored[:, row] = 0
 
     def permute(self, order: mx.array) -> None:
         """See `Columns.permute`."""

@@ -108,6 +108,11 @@ class PackedColumns:
         for part in self._stored:
             duplicate(part, source, target, first, count)
 
+    def clear(self, row: int) -> None:
+        """See `Columns.clear`."""
+        for part in self._stored:
+            part[:, row] = 0
+
     def permute(self, order: mx.array) -> None:
         """See `Columns.permute`."""
         self._stored = Packed(*(part[:, order] for part in self._stored))

@@ -87,6 +87,12 @@ class SlotStore:
         """The row is empty now."""
         self._base[row] = 0
 
+    def clear(self, row: int) -> None:
+        """Make a row empty, and zero."""
+        self.forget(row)
+        for layer in self.layers:
+            layer.clear(row)
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first ``length`` positions of row ``target`` those of row ``source``."""
         self._base[target] = self._base[source]

@@ -14,7 +14,7 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit.errors import BackendError
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
-from qwen2kit_mlx.device_logits import DeviceLogits, best_ids, checked_ids
+from qwen2kit_mlx.device_logits import DeviceLogits, best_ids
 from qwen2kit_mlx.host_tensor import to_host
 from qwen2kit_mlx.memory import Wired
 from qwen2kit_mlx.model import Decoder
@@ -96,13 +96,20 @@ class MLXSlots:
             if self._store.forgets:
                 for feed, token in zip(feeds, ids, strict=True):
                     self._held[feed.slot].append(token)
-            yield checked_ids(ids)
+            yield ids
 
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Slots.copy`."""
         with mx.stream(self._device):
             self._store.copy(self._row[source], self._row[target], length)
             self._held[target] = self._held[source][:length]
+
+    def clear(self, slot: int) -> None:
+        """See `Slots.clear`: rows of different length are read up to the end of the longest, and a
+        masked NaN would still spread (0 * NaN)."""
+        with mx.stream(self._device):
+            self._store.clear(self._row[slot])
+            self._held[slot] = []
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
         """See `PersistentSlots.export`.

@@ -11,7 +11,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.engine.text import TextEngine
-from qwen2kit.errors import ConfigError
+from qwen2kit.errors import ConfigError, NonFiniteLogits
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit_evals.provenance import device_name
 
@@ -109,6 +109,7 @@ def continue_all(
 
     Raises:
         BackendError: a prompt is too long, or not even one fits the memory.
+        NonFiniteLogits: the model produced no numbers.
     """
     if not asked:
         return
@@ -131,6 +132,8 @@ def continue_all(
                 )
                 owners[key], texts[key] = index, []
             for event in engine.step():
+                if event.finish_reason == "error":
+                    raise NonFiniteLogits
                 texts[event.key].append(event.text)
                 if event.finish_reason is not None:
                     yield owners[event.key], "".join(texts.pop(event.key))

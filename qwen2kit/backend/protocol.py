@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 PROTOCOL_VERSION: Final = 3
 TokenIds = Sequence[int]
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +102,8 @@ class TokenEvent:
     Attributes:
         prompt: index of the prompt it continues.
         token: the id (the stop id is emitted too, with ``finish_reason="stop"``).
-        finish_reason: set on the last event of a prompt.
+        finish_reason: set on the last event of a prompt. With ``error`` the logits were NaN or
+            infinite, and ``token`` is `qwen2kit.backend.slots.BROKEN`: nothing was drawn.
         logprob: natural-log probability, when `Sampling.logprobs` asked for it.
         top: the most likely ids and their log-probabilities, as many as `Sampling.top_logprobs`
             asked for, by falling probability.

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from qwen2kit.weights.tensor import HostTensor
+
+BROKEN: Final = -1
+"""In place of an id: the row of logits holds NaN or +inf, or nothing finite to choose from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Shortlist:
             within 1e-4; so a device adds the row's maximum on in float64.
         raw: float32 ``[N, k]``, logits of ``ids`` before the edit.
         raw_total: float64 ``[N]``, log-sum-exp of the logits below ``limit`` before the edit.
+
+    One of the totals of a broken row (see `BROKEN`) is not finite; its other values mean nothing.
     """
 
     ids: NDArray[np.int64]
@@ -76,19 +81,25 @@ class Shortlist:
     raw: NDArray[np.float32]
     raw_total: NDArray[np.float64]
 
+    @property
+    def sound(self) -> list[bool]:
+        """Whether each row can be drawn from."""
+        import numpy as np
+
+        found: list[bool] = (np.isfinite(self.total) & np.isfinite(self.raw_total)).tolist()
+        return found
+
 
 class Logits(Protocol):
     """Logits of the wanted positions, feed by feed, still on the device."""
 
     def greedy(self, limit: int | None) -> list[int]:
-        """The most likely id below ``limit`` of each of the N rows; the smallest one of equals.
-
-        Raises BackendError if a row holds NaN, or nothing finite.
-        """
+        """The most likely id below ``limit`` of each of the N rows, the smallest one of equals;
+        `BROKEN` where there is none."""
         ...
 
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
-        """The ``size`` most likely ids of every row after its edit; on NaN as `greedy`."""
+        """The ``size`` most likely ids of every row after its edit."""
         ...
 
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -118,13 +129,19 @@ class Slots(Protocol):
         """Feed one token per slot, then go on with the most likely id below ``limit`` of each.
 
         Yields the ids of each step, one per feed, as the device finishes; it may run ahead of
-        the reader. Ends when a slot is full; may be closed at any time. Afterwards a slot holds
+        the reader. A row that is `BROKEN` goes on with any id: what it yields from then on means
+        nothing. Ends when a slot is full; may be closed at any time. Afterwards a slot holds
         the fed token and those yielded before the last one; what lies beyond is undefined.
         """
         ...
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first ``length`` positions of ``target`` equal to those of ``source``."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """Empty a slot whose keys and values may be NaN, so that nothing of it is felt by what
+        comes next."""
         ...
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Request
+from qwen2kit.errors import NonFiniteLogits
 from qwen2kit.generate.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -169,6 +170,8 @@ def _run(engine: Engine, prompts: Sequence[tuple[int, ...]], sampling: Sampling)
         now = perf_counter()
         running = max(running, engine.running + sum(e.finish_reason is not None for e in events))
         for event in events:
+            if event.finish_reason == "error":
+                raise NonFiniteLogits
             stamps[event.prompt].append(now)
     return _Run([stamps[key] for key in keys], running)
 

@@ -159,7 +159,7 @@ class DraftModel:
         guesses = []
         for (item, count), tokens in zip(asked, drawn, strict=True):
             draft = self._drafts[item.key]
-            foreign = (i for i, token in enumerate(tokens[:count]) if token >= self._known)
+            foreign = (i for i, token in enumerate(tokens[:count]) if not self._is_known(token))
             draft.guess = tuple(tokens[: next(foreign, count)])
             draft.acceptance.remember(draft.guess, item.tokens)
             guesses.append(draft.guess)
@@ -171,7 +171,7 @@ class DraftModel:
         drawn = [[token] for token in first]
         more = max(count for _, count in asked) - 1
         if more and all(_end(feed) < self._slots.capacity for feed in feeds):
-            feeds = [_next(feed, token) for feed, token in zip(feeds, first, strict=True)]
+            feeds = [_next(feed, max(token, 0)) for feed, token in zip(feeds, first, strict=True)]
             steps = self._slots.run_greedy(feeds, limit)
             for _, ids in zip(range(more), steps, strict=False):
                 for tokens, token in zip(drawn, ids, strict=True):
@@ -192,8 +192,14 @@ class DraftModel:
             for i, (token, *_) in zip(going, found, strict=True):
                 drawn[i].append(token)
                 feeds[i] = _next(feeds[i], token)
-            going = [i for i in going if len(drawn[i]) < asked[i][1] and drawn[i][-1] < self._known]
+            going = [
+                i for i in going if len(drawn[i]) < asked[i][1] and self._is_known(drawn[i][-1])
+            ]
         return drawn
+
+    def _is_known(self, token: int) -> bool:
+        """Whether both models know it; a broken row gave none."""
+        return 0 <= token < self._known
 
     def _unfed(self, items: Many[Unfinished]) -> list[Feed]:
         """What the small model has not read yet of each sequence: one token at least."""

@@ -8,13 +8,18 @@ have drawn without a draft.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from qwen2kit.backend.slots import Edit, Logits, Shortlist
+from qwen2kit.backend.slots import BROKEN, Edit, Logits, Shortlist
 from qwen2kit.engine.sequence import Sequence
+from qwen2kit.errors import NonFiniteLogits
 from qwen2kit.generate.edit import only_allowed
 from qwen2kit.generate.inverse_cdf import Head, heads_of
 from qwen2kit.generate.sampling import Drawn, Sampler
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Block(NamedTuple):
@@ -25,14 +30,12 @@ class Block(NamedTuple):
 
 
 def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
-    """Tokens of every block: the draft as far as it was right, and one more.
+    """Tokens of every block: the draft as far as it was right, and one more, which is `BROKEN`
+    where its logits are.
 
     Args:
         logits: rows of the blocks, one after the other.
         blocks: at least one.
-
-    Raises:
-        BackendError: NaN, or nothing to choose from.
     """
     limits = {block.sequence.request.sampling.vocab_limit for block in blocks}
     if len(limits) == 1 and all(block.sequence.plain for block in blocks):
@@ -43,30 +46,30 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
         row += len(block.draft) + 1
     size = max(block.sequence.request.sampling.shortlist_size for block in blocks)
     shortlist = logits.shortlist(size, [edit for walk in walks for edit in walk.edits])
-    heads = heads_of(shortlist, [walk.sampler.sampling for walk in walks for _ in walk.edits])
+    heads = _heads(shortlist, [walk.sampler for walk in walks for _ in walk.edits])
     going = walks
     while going:
         stuck = [walk for walk in going if not walk.follow(shortlist, heads)]
         whole = logits.rows([walk.row for walk in stuck]) if stuck else ()
         for walk, logits_V in zip(stuck, whole, strict=True):
-            walk.add(walk.sampler.draw(logits_V, walk.edit))
+            walk.add(_whole(walk.sampler, logits_V, walk.edit))
         going = [walk for walk in stuck if not walk.done]
     return [walk.drawn for walk in walks]
 
 
 def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
-    """One token per row, each by its own sampler and whatever the shortlist leaves open."""
+    """One token per row, each by its own sampler; `BROKEN` where the logits are."""
     edits = [sampler.edit() for sampler in samplers]
     size = max(sampler.sampling.shortlist_size for sampler in samplers)
     shortlist = logits.shortlist(size, edits)
-    heads = heads_of(shortlist, [sampler.sampling for sampler in samplers])
+    heads = _heads(shortlist, samplers)
     found = [
-        sampler.draw_short(shortlist, head, row, edit)
+        _short(sampler, shortlist, head, row, edit)
         for row, (sampler, head, edit) in enumerate(zip(samplers, heads, edits, strict=True))
     ]
     stuck = [row for row, drawn in enumerate(found) if drawn is None]
     for row, logits_V in zip(stuck, logits.rows(stuck) if stuck else (), strict=True):
-        found[row] = samplers[row].draw(logits_V, edits[row])
+        found[row] = _whole(samplers[row], logits_V, edits[row])
     return [drawn for drawn in found if drawn is not None]
 
 
@@ -81,6 +84,25 @@ def _greedy(best: list[int], blocks: Many[Block]) -> list[list[Drawn]]:
         found.append(drawn)
         row += len(block.draft) + 1
     return found
+
+
+def _heads(shortlist: Shortlist, samplers: Many[Sampler]) -> list[Head | None]:
+    """The heads of all rows; None for broken ones."""
+    heads = heads_of(shortlist, [sampler.sampling for sampler in samplers])
+    return [head if sound else None for head, sound in zip(heads, shortlist.sound, strict=True)]
+
+
+def _short(
+    sampler: Sampler, shortlist: Shortlist, head: Head | None, row: int, edit: Edit
+) -> Drawn | None:
+    return Drawn(BROKEN) if head is None else sampler.draw_short(shortlist, head, row, edit)
+
+
+def _whole(sampler: Sampler, logits_V: NDArray[np.float32], edit: Edit) -> Drawn:
+    try:
+        return sampler.draw(logits_V, edit)
+    except NonFiniteLogits:
+        return Drawn(BROKEN)
 
 
 class _Walk:
@@ -112,7 +134,7 @@ class _Walk:
         """That of the next draw."""
         return self._first + len(self.drawn)
 
-    def follow(self, shortlist: Shortlist, heads: list[Head]) -> bool:
+    def follow(self, shortlist: Shortlist, heads: list[Head | None]) -> bool:
         """Draw as long as the shortlist tells; whether that was to the end."""
         while not self.done:
             late = self.drawn and self._request.constraint is not None
@@ -120,7 +142,7 @@ class _Walk:
             drawn = (
                 self._forced()
                 if late
-                else self.sampler.draw_short(shortlist, heads[row], row, self.edit)
+                else _short(self.sampler, shortlist, heads[row], row, self.edit)
             )
             if drawn is None:
                 return False
@@ -133,7 +155,7 @@ class _Walk:
         self.drawn.append(drawn)
         token, constraint = drawn.token, self._request.constraint
         self.done = place == len(self._draft) or self._draft[place] != token
-        if token in self._request.sampling.stop_token_ids:
+        if token == BROKEN or token in self._request.sampling.stop_token_ids:
             self.done = True
         elif constraint is not None:
             constraint.accept(token)

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
-from qwen2kit.backend.slots import PersistentSlots
+from qwen2kit.backend.slots import BROKEN, PersistentSlots
 from qwen2kit.engine.batching import compose
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
@@ -68,6 +68,7 @@ class Engine:
         self._table = SlotTable(self._slots.count, capacity)
         self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
+        self._spoilt: set[int] = set()
         self._ahead: RunAhead | None = None
         self._last_key = -1
 
@@ -121,10 +122,8 @@ class Engine:
     def step(self) -> list[TokenEvent]:
         """Admit what fits, read some prompt, draw a token for every request that is ready.
 
-        An exception that leaves it makes the engine unfit for anything but `close`.
-
-        Raises:
-            BackendError: the model produced NaN or infinite logits.
+        A request whose logits are NaN or infinite ends with ``error``, alone. An exception that
+        leaves this makes the engine unfit for anything but `close`.
         """
         if self._waiting and self._table.free:
             self._stop_running_ahead()
@@ -165,6 +164,7 @@ class Engine:
         self._stop_running_ahead()
         slot = self._table.oldest()
         self._table.put(slot, (), self.stats.steps)
+        self._mend(slot)
         slots.restore(slot, tensors)
         self._table.put(slot, tokens, self.stats.steps)
 
@@ -204,7 +204,14 @@ class Engine:
             elif (passed_over := passed_over + 1) == _MOST_PASSED_OVER:
                 break
 
+    def _mend(self, slot: int) -> None:
+        """Clear a slot that is about to be used if it was left with NaN."""
+        if slot in self._spoilt:
+            self._spoilt.remove(slot)
+            self._slots.clear(slot)
+
     def _seat(self, sequence: Sequence, place: Place) -> None:
+        self._mend(place.slot)
         if place.source != place.slot:
             self._slots.copy(place.source, place.slot, place.keep)
         self._table.take(place, sequence)
@@ -284,6 +291,11 @@ class Engine:
     ) -> TokenEvent:
         """Count ``token`` as drawn; the last one, after which it is ``over``, gives the slot
         back."""
+        if token == BROKEN:
+            self._release(sequence)
+            self._table.put(sequence.slot, (), self.stats.steps)
+            self._spoilt.add(sequence.slot)
+            return TokenEvent(sequence.key, token, "error")
         sequence.tokens.append(token)
         sequence.left -= 1
         self.stats.generated_tokens += 1

@@ -8,6 +8,7 @@ from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, TokenEvent, TokenIds
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Request
+from qwen2kit.errors import NonFiniteLogits
 from qwen2kit.generate.sampling import Sampling
 
 _SPARE_TOKENS = 1 << 15
@@ -26,6 +27,8 @@ def generate(
     Raises:
         BackendError: a prompt is empty, longer than the model can take, or holds a token id
             outside the vocabulary; raised at once.
+        NonFiniteLogits: those of some prompt are NaN or infinite; raised when all others have
+            ended.
     """
     for index, prompt in enumerate(prompts):
         check_tokens(prompt, model.spec, model.limit, f"prompt {index}")
@@ -36,13 +39,19 @@ def _generate(
     model: CompiledModel, prompts: Sequence[TokenIds], sampling: Sampling
 ) -> Iterator[TokenEvent]:
     needs = [min(model.limit, len(prompt) + sampling.max_new_tokens) for prompt in prompts]
+    broken = False
     for group in _groups(needs):
         with Engine(model, slots=len(group), capacity=needs[group[-1]]) as engine:
             for index in group:
                 engine.submit(Request(tuple(prompts[index]), sampling, stream=index))
             while engine.busy:
                 for event in engine.step():
-                    yield _renamed(event, group[event.prompt])
+                    if event.finish_reason == "error":
+                        broken = True
+                    else:
+                        yield _renamed(event, group[event.prompt])
+    if broken:
+        raise NonFiniteLogits
 
 
 def _groups(needs: Sequence[int]) -> Iterator[list[int]]:

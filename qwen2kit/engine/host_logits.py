@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qwen2kit.backend.slots import Edit, Shortlist
+from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
 from qwen2kit.generate.edit import apply_edit
-from qwen2kit.generate.inverse_cdf import check_finite, log_sum_exp
+from qwen2kit.generate.inverse_cdf import log_sum_exp
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,13 +25,13 @@ class HostLogits:
         self._rows = rows
 
     def greedy(self, limit: int | None) -> list[int]:
-        """Argmax of every row below ``limit``."""
+        """Argmax of every row below ``limit``, or `BROKEN`."""
         import numpy as np
 
         rows = self._rows[:, :limit]
         best = rows.argmax(axis=-1)
-        check_finite(rows[np.arange(len(rows)), best])
-        return [int(token) for token in best]
+        found = np.where(np.isfinite(rows[np.arange(len(rows)), best]), best, BROKEN)
+        return [int(token) for token in found]
 
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
         """Row by row; of equal scores the smaller id comes first."""
@@ -44,7 +44,6 @@ class HostLogits:
         totals = np.empty((2, count), dtype=np.float64)
         for index, (row, edit) in enumerate(zip(self._rows, edits, strict=True)):
             edited = apply_edit(row, edit)
-            check_finite(edited.max())
             ids[index] = _largest(edited, size)
             scores[index] = edited[ids[index]]
             totals[0, index] = log_sum_exp(edited.astype(np.float64) / (edit.temperature or 1.0))
@@ -61,5 +60,5 @@ def _largest(scores: NDArray[np.float32], size: int) -> NDArray[np.int64]:
     import numpy as np
 
     at_least = np.partition(scores, -size)[-size]
-    above = np.flatnonzero(scores >= at_least)
+    above = np.flatnonzero(~(scores < at_least))  # of a row with NaN anything, but enough
     return above[np.argsort(-scores[above], kind="stable")][:size]

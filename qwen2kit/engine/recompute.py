@@ -58,7 +58,7 @@ class RecomputingSlots:
             found = self.feed(feeds).greedy(limit)
             yield found
             feeds = [
-                Feed(feed.slot, len(self._held[feed.slot]), (token,))
+                Feed(feed.slot, len(self._held[feed.slot]), (max(token, 0),))
                 for feed, token in zip(feeds, found, strict=True)
             ]
             if any(feed.start == self.capacity for feed in feeds):
@@ -68,6 +68,10 @@ class RecomputingSlots:
         """Tokens are all there is to copy."""
         assert length <= len(self._held[source]), "the slot does not hold that much"
         self._held[target] = self._held[source][:length]
+
+    def clear(self, slot: int) -> None:
+        """Forget its tokens."""
+        self._held[slot] = []
 
     def close(self) -> None:
         """Forget everything."""

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qwen2kit.backend.protocol import FinishReason, TokenEvent
+from qwen2kit.backend.slots import BROKEN
 from qwen2kit.engine.drafting import Drafter
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Constraint, Request
@@ -27,7 +28,8 @@ class TextEvent:
         key: the request's.
         text: what became final; empty while a character is incomplete or a stop string possible.
         tokens: drawn in this step, in order, a stop token included.
-        finish_reason: set on the last event of a request; ``stop`` for a stop string too.
+        finish_reason: set on the last event of a request; ``stop`` for a stop string too,
+            ``error`` after NaN or infinite logits.
     """
 
     key: int
@@ -153,6 +155,8 @@ class TextEngine:
         request = self._open[key]
         stream, pieces, used = request.stream, [], 0
         for event in events:
+            if event.token == BROKEN:
+                break
             used += 1
             if event.token not in request.stop_ids:
                 pieces.append(stream.push(event.token))

@@ -111,6 +111,7 @@ class Progress:
         self.first_token_seconds = self.first_token_seconds or self.seconds
         self.tokens += len(event.tokens)
         self._round_tokens += len(event.tokens)
+        assert event.finish_reason != "error", "the stream has raised"
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason
 

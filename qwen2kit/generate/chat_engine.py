@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from qwen2kit.engine.text import TextEngine, TextEvent
-from qwen2kit.errors import BackendError
+from qwen2kit.errors import BackendError, NonFiniteLogits
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
@@ -56,6 +56,7 @@ class ChatEngine:
 
         Raises:
             BackendError: the prompt is longer than the model can take, or memory is short.
+            NonFiniteLogits: the model produced no numbers.
         """
         engine = self._open(min(self._loaded.model.limit, len(prompt) + sampling.max_new_tokens))
         key = engine.submit(prompt, sampling, constraint=constraint)
@@ -70,6 +71,8 @@ class ChatEngine:
                     raise
                 for event in events:
                     done = event.finish_reason is not None
+                    if event.finish_reason == "error":
+                        raise NonFiniteLogits
                     self._held += [drawn.token for drawn in event.tokens]
                     yield event
         finally:

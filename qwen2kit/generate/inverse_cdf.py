@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen2kit.errors import BackendError
+from qwen2kit.errors import NonFiniteLogits
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,15 +46,16 @@ class Head:
 
 def heads_of(shortlist: Shortlist, samplings: Sequence[Sampling]) -> list[Head]:
     """The heads of all rows of a shortlist, whose equal scores may be in any order, and perhaps
-    are not all of the last ones."""
+    are not all of the last ones. That of a broken row means nothing."""
     import numpy as np
 
     scores = shortlist.scores.astype(np.float64)
     temperature = np.array([sampling.temperature or 1.0 for sampling in samplings])[:, None]
     top_k = np.array([sampling.top_k for sampling in samplings])[:, None]
     best, last = scores[:, :1], scores[:, -1:]
-    cumulative = np.cumsum(np.exp((scores - best) / temperature), axis=1)
-    mass = np.exp(shortlist.total - (best / temperature)[:, 0]).tolist()
+    with np.errstate(invalid="ignore", over="ignore"):  # broken rows
+        cumulative = np.cumsum(np.exp((scores - best) / temperature), axis=1)
+        mass = np.exp(shortlist.total - (best / temperature)[:, 0]).tolist()
     certain = scores > last
     known = certain.sum(axis=1).tolist()
     kth = np.take_along_axis(scores, np.clip(top_k, 1, scores.shape[1]) - 1, axis=1)
@@ -77,12 +78,13 @@ def head_of_row(scores: NDArray[np.float32], size: int, sampling: Sampling) -> H
     last of them.
 
     Raises:
-        BackendError: the row holds NaN, or nothing finite.
+        NonFiniteLogits: the row holds NaN, or nothing finite.
     """
     import numpy as np
 
     best = scores.max()
-    check_finite(best)
+    if not np.isfinite(best):
+        raise NonFiniteLogits
     ids, values = _largest(scores, size)
     weights = np.exp((values.astype(np.float64) - best) / (sampling.temperature or 1.0))
     complete = len(ids) == len(scores)
@@ -116,25 +118,13 @@ def locate(head: Head, sampling: Sampling, point: float) -> int | None:
     return _search(bisect_right, head.cumulative, point * mass, slack, end)
 
 
-def check_finite(best: NDArray[np.float32] | np.float32) -> None:
-    """Refuse rows whose largest logits are ``best``: NaN, or nothing finite to choose from.
-
-    Raises:
-        BackendError: one of them is not finite.
-    """
-    import numpy as np
-
-    if not np.isfinite(best).all():
-        raise BackendError(
-            "the model produced NaN or infinite logits; use dtype bfloat16 or float32"
-        )
-
-
 def log_sum_exp(values: NDArray[np.float64]) -> float:
-    """Natural log of the sum of exponentials, in float64."""
+    """Natural log of the sum of exponentials, in float64; of nothing finite, no finite number."""
     import numpy as np
 
     peak = values.max()
+    if not np.isfinite(peak):
+        return float(peak)
     return float(peak + np.log(np.exp(values - peak).sum()))
 
 

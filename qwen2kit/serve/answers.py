@@ -57,6 +57,7 @@ class Choice:
         """Add an event."""
         text = event.text
         calls: list[ToolCall] = []
+        assert event.finish_reason != "error", "the job has failed"
         reason: Finish | None = event.finish_reason
         if self.parser is not None:
             text, calls = self.parser.push(event.text)

@@ -12,7 +12,14 @@ from time import perf_counter
 
 from qwen2kit.engine.text import TextEngine, TextEvent
 from qwen2kit.serve.engine_thread import EngineThread
-from qwen2kit.serve.errors import ApiError, engine_failed, invalid, overloaded, shutting_down
+from qwen2kit.serve.errors import (
+    ApiError,
+    engine_failed,
+    invalid,
+    non_finite,
+    overloaded,
+    shutting_down,
+)
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import EngineState, Metrics
 from qwen2kit.serve.own_thread import OwnThread
@@ -173,7 +180,10 @@ class Dispatcher:
             seconds, ticket.last_token = now - ticket.last_token, now
             self._metrics.tokens(len(event.tokens), seconds, first=ticket.tokens == 0)
             ticket.tokens += len(event.tokens)
-        if not ticket.job.push(ticket, event):
+        if event.finish_reason == "error":
+            ticket.job.fail(non_finite())
+            self.cancel(ticket.job)
+        elif not ticket.job.push(ticket, event):
             self.cancel(ticket.job)
         elif event.finish_reason is not None:
             self._mean_seconds += _SMOOTHING * (now - ticket.created - self._mean_seconds)

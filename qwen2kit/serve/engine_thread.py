@@ -17,8 +17,8 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from qwen2kit.engine.text import TextEngine, TextEvent
-from qwen2kit.errors import Qwen2KitError
-from qwen2kit.serve.errors import ApiError, invalid
+from qwen2kit.errors import NonFiniteLogits, Qwen2KitError
+from qwen2kit.serve.errors import ApiError, invalid, non_finite
 from qwen2kit.serve.metrics import EngineState
 from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
@@ -156,6 +156,8 @@ class EngineThread:
         result: PromptScores | ApiError | None
         try:
             result = self._scorer.advance(scoring)
+        except NonFiniteLogits:
+            result = non_finite()
         except Qwen2KitError as error:
             result = invalid(str(error))
         if result is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwen2kit.errors import Qwen2KitError
+from qwen2kit.errors import NonFiniteLogits, Qwen2KitError
 
 
 class ApiError(Qwen2KitError):
@@ -90,6 +90,11 @@ def shutting_down() -> ApiError:
     return ApiError(
         503, "the server is shutting down", kind="server_error", code="shutting_down", retry_after=5
     )
+
+
+def non_finite() -> ApiError:
+    """500: the logits of this request are NaN or infinite; others go on."""
+    return ApiError(500, str(NonFiniteLogits()), kind="server_error", code="non_finite_logits")
 
 
 def engine_failed() -> ApiError:

@@ -15,6 +15,7 @@ import numpy as np
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.slots import Edit, Feed, Slots
+from qwen2kit.errors import NonFiniteLogits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,6 +80,7 @@ class PromptScorer:
 
         Raises:
             BackendError: the prompt is too long or holds foreign ids, or no memory is left.
+            NonFiniteLogits: the model produced no numbers.
         """
         if scoring.fed == 0:
             check_tokens(scoring.prompt, self._model.spec, self._capacity, "the prompt")
@@ -92,6 +94,9 @@ class PromptScorer:
             edits = [_favour(target) for target in targets]
             size = min(scoring.top + 1, self._model.spec.vocab_size)
             found = logits.shortlist(size, edits)
+            if not all(found.sound):
+                self._slots.clear(0)
+                raise NonFiniteLogits
             rows = zip(targets, found.ids, found.raw, found.raw_total, strict=True)
             scoring.scores += [_score(*row, top=scoring.top) for row in rows]
             scoring.fed += len(targets)

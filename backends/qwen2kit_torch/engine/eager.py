@@ -78,7 +78,7 @@ class EagerSlots:
             if any(feed.start + 1 >= self.capacity for feed in feeds):
                 return
             feeds = [
-                replace(feed, start=feed.start + 1, tokens=(token,))
+                replace(feed, start=feed.start + 1, tokens=(max(token, 0),))
                 for feed, token in zip(feeds, ids, strict=True)
             ]
 
@@ -86,6 +86,9 @@ class EagerSlots:
     def copy(self, source: int, target: int, length: int) -> None:
         """Make the first ``length`` positions of ``target`` equal to those of ``source``."""
         self._storage.copy(source, target, length)
+
+    def clear(self, slot: int) -> None:
+        """Nothing to do: what lies beyond a slot's tokens is not read."""
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
         """Keys and values of the first ``length`` positions; see the protocol."""

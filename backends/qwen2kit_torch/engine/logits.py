@@ -6,15 +6,13 @@ Shapes: N rows, V vocabulary, k shortlist, E edited logits of all rows together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qwen2kit.backend.slots import Edit, Shortlist
-from qwen2kit.errors import BackendError
+from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
 
 
 class DeviceLogits:
@@ -29,11 +27,10 @@ class DeviceLogits:
 
     @torch.inference_mode()
     def greedy(self, limit: int | None) -> list[int]:
-        """The most likely id below ``limit`` of each row, the smallest one of equals."""
+        """The most likely id below ``limit`` of each row, the smallest of equals; or `BROKEN`."""
         best, ids = self._logits[:, :limit].max(-1)
         found = torch.stack([ids.double(), best.double()]).cpu().numpy()
-        check_finite(found[1])
-        return [int(token) for token in found[0]]
+        return [int(token) for token in np.where(np.isfinite(found[1]), found[0], BROKEN)]
 
     @torch.inference_mode()
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
@@ -60,25 +57,6 @@ class DeviceLogits:
         index = torch.tensor(list(rows), device=self._logits.device, dtype=torch.int64)
         found: NDArray[np.float32] = self._logits[index].float().cpu().numpy()
         return found
-
-
-def check_finite(best: NDArray[np.float64]) -> None:
-    """Refuse rows whose largest logit is no number to choose by.
-
-    Raises:
-        BackendError: one is NaN or infinite.
-    """
-    if not np.isfinite(best).all():
-        refuse_non_finite()
-
-
-def refuse_non_finite() -> NoReturn:
-    """Say that logits are no numbers.
-
-    Raises:
-        BackendError: always.
-    """
-    raise BackendError("the model produced NaN or infinite logits; use dtype bfloat16 or float32")
 
 
 def _edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
@@ -119,8 +97,6 @@ def _sorted(found: NDArray[np.float64], size: int) -> Shortlist:
     """Columns ids, scores, raw (``size`` each), total, raw total; equals go by id."""
     ids, scores, raw = found[:, :size], found[:, size : 2 * size], found[:, 2 * size : 3 * size]
     total, raw_total = found[:, -2], found[:, -1]
-    check_finite(scores.max(axis=1, initial=-np.inf))
-    check_finite(total)
     order = np.lexsort((ids, -scores), axis=-1)
     ids, scores, raw = (np.take_along_axis(part, order, axis=1) for part in (ids, scores, raw))
     return Shortlist(

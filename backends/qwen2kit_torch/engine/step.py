@@ -44,8 +44,8 @@ class Step(Layers):
             ones and counts the positions up.
         limit: int32 ``[1]``, ids from here on are not chosen.
         logits: ``[R, V]``.
-        history: int32 ``[HISTORY, R]``, chosen ids of step ``n`` in row ``n % HISTORY``; -1 where
-            logits were no numbers.
+        history: int32 ``[HISTORY, R]``, chosen ids of step ``n`` in row ``n % HISTORY``; `BROKEN`
+            where logits were no numbers.
         count: int32 ``[1]``, steps so far.
     """
 

@@ -72,6 +72,19 @@ def weights(spec: ModelSpec, seed: int = 0) -> MemorySource:
     return MemorySource(tensors)
 
 
+def poisoned_weights(spec: ModelSpec, token: int) -> MemorySource:
+    """`weights` with an embedding of NaN for one token: texts that hold it have no logits."""
+    found = {}
+    for param in schema(spec):
+        tensor = weights(spec).read(param.name)
+        if param.kind == "embedding":
+            table = tensor.float32().copy()
+            table[token] = np.nan
+            tensor = from_float32(table, "float32")
+        found[param.name] = tensor
+    return MemorySource(found)
+
+
 def tokens(length: int, seed: int = 0, spec: ModelSpec = UNTIED) -> tuple[int, ...]:
     """Random token ids."""
     rng = np.random.default_rng(1000 + seed)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +17,14 @@ from qwen2kit.backend.conformance.models import (
     UNTIED,
     WINDOW,
     loaded,
+    poisoned_weights,
     reference_continuation,
     reference_logits,
     tokens,
     weights,
 )
 from qwen2kit.backend.protocol import Backend
-from qwen2kit.backend.slots import Edit, Feed, Logits, PersistentSlots, Shortlist, Slots
+from qwen2kit.backend.slots import BROKEN, Edit, Feed, Logits, PersistentSlots, Shortlist, Slots
 from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.edit import pack_mask
@@ -213,8 +215,35 @@ def _not_finite(backend: Backend) -> None:
         bad[param.name] = from_float32(broken, "float32") if param.kind == "norm" else tensor
     slots = loaded(backend, UNTIED, source=MemorySource(bad)).slots(1, 16)
     logits = slots.feed([Feed(0, 0, _SHORT, 2)])
-    require_raises(BackendError, lambda: logits.greedy(None), "greedy on NaN")
-    require_raises(BackendError, lambda: logits.shortlist(8, [Edit()] * 2), "shortlist on NaN")
+    require(logits.greedy(None) == [BROKEN] * 2, "greedy does not say that logits are NaN")
+    sound = logits.shortlist(8, [Edit()] * 2).sound
+    require(not any(sound), "a shortlist does not say that logits are NaN")
+    slots.close()
+
+
+def _one_not_finite(backend: Backend) -> None:
+    """NaN in one slot is felt by no other one, nor by what comes next in a slot once cleared."""
+    poison = min(set(range(UNTIED.vocab_size)) - {*_LONG, *_MIDDLE, *_SHORT})
+    model = loaded(backend, UNTIED, source=poisoned_weights(UNTIED, poison))
+    slots = model.slots(3, 64)
+    bad = (*_LONG[:20], poison)
+    logits = slots.feed([Feed(0, 0, _MIDDLE), Feed(1, 0, bad), Feed(2, 0, _SHORT)])
+    first = logits.greedy(None)
+    require(first[1] == BROKEN, f"greedy gave {first[1]} for a row of NaN")
+    require(logits.shortlist(8, [Edit()] * 3).sound == [True, False, True], "shortlist of a row")
+    texts = {slot: [*ids, first[slot]] for slot, ids in ((0, _MIDDLE), (2, _SHORT))}
+    feeds = [Feed(0, 13, (first[0],)), Feed(1, 21, (poison,)), Feed(2, 5, (first[2],))]
+    for ids in islice(slots.run_greedy(feeds, None), 6):
+        require(ids[1] == BROKEN or min(ids) >= 0, f"a run gave {ids}")
+        for slot, text in texts.items():
+            text.append(ids[slot])
+    for slot, prompt in ((0, _MIDDLE), (2, _SHORT)):
+        expected = reference_continuation(UNTIED, prompt, Sampling(max_new_tokens=7))
+        require(tuple(texts[slot][len(prompt) :]) == expected, "NaN of another slot is felt")
+    slots.clear(1)
+    slots.feed([Feed(1, 0, _SHORT, 0), Feed(2, 0, _LONG, 0)])
+    logits = slots.feed([Feed(1, 5, (7,)), Feed(2, 40, (7,))])
+    _expect(logits, ((*_SHORT, 7), 1), ((*_LONG, 7), 1))
     slots.close()
 
 
@@ -281,6 +310,7 @@ CASES = (
     Case("slots/shortlist", _shortlist),
     Case("slots/ties", _ties),
     Case("slots/not-finite", _not_finite),
+    Case("slots/one-not-finite", _one_not_finite),
     Case("slots/refuses", _refuses),
     Case("slots/persistence", _persistence),
 )

@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 
-from qwen2kit.backend.conformance.models import UNTIED, loaded
+from qwen2kit.backend.conformance.models import UNTIED, loaded, poisoned_weights
 from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.backend.slots import BROKEN
 from qwen2kit.engine.engine import Engine
+from qwen2kit.engine.generate import generate
+from qwen2kit.engine.prompt_lookup import PromptLookup
 from qwen2kit.engine.request import Request
-from qwen2kit.errors import BackendError
+from qwen2kit.errors import BackendError, NonFiniteLogits
 from qwen2kit.generate.sampling import Sampling
 from tests.unit.engine.hash_model import EveryThird, HashModel, alone
 from tests.unit.engine.test_engine import Guesser
+from tests.unit.third_party_backend import NumpyBackend
 
 SPEC = replace(UNTIED, vocab_size=80)
 CAPACITY = 60
@@ -94,6 +98,68 @@ def test_each_request_gets_its_own_tokens(
     for key, mine in said.items():
         assert mine == expected[key][: len(mine)]
         assert key in cancelled or mine == expected[key]
+
+
+POISON = 73  # in no stem
+
+
+@pytest.fixture(scope="module", params=["numpy", "torch", "mlx"])
+def poisoned(request: pytest.FixtureRequest) -> CompiledModel:
+    """A model whose logits are NaN from the first `POISON` of a text on."""
+    weights = poisoned_weights(SPEC, POISON)
+    if request.param == "numpy":
+        return loaded(NumpyBackend(), SPEC, source=weights)
+    pytest.importorskip("torch" if request.param == "torch" else "mlx.core")
+    from qwen2kit.backend.registry import get
+
+    return loaded(get(request.param), SPEC, source=weights)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("plain", [True, False], ids=["greedy", "any"])
+@pytest.mark.parametrize("draft", [False, True], ids=["plain", "drafts"])
+def test_nan_ends_its_own_request_and_no_other(
+    poisoned: CompiledModel, draft: bool, plain: bool, seed: int
+) -> None:
+    """More requests than slots, so that slots that held NaN are used again."""
+    dice = random.Random(seed)
+    requests = [some_request(dice, plain) for _ in range(9)]
+    broken = {key for key in range(9) if key % 3 == 1}
+    for key in broken:
+        prompt = requests[key].prompt
+        at = dice.randrange(len(prompt)) if key == 1 else len(prompt) - 1
+        requests[key] = replace(requests[key], prompt=(*prompt[:at], POISON, *prompt[at + 1 :]))
+    expected: dict[int, list[Any]] = {}
+    for key, request in enumerate(requests):
+        try:
+            found = alone(poisoned, again(request), CAPACITY - len(request.prompt))  # type: ignore[arg-type]
+        except NonFiniteLogits:
+            broken.add(key)
+        else:
+            expected[key] = [(drawn.token, reason) for drawn, reason in found]
+    assert 3 <= len(broken) <= 6
+    said: dict[int, list[Any]] = {key: [] for key in range(9)}
+    drafter = PromptLookup(4) if draft else None
+    with Engine(poisoned, slots=3, capacity=CAPACITY, prefill_tokens=16, drafter=drafter) as engine:
+        for request in requests:
+            engine.submit(again(request))
+        while engine.busy:
+            for event in engine.step():
+                said[event.prompt].append((event.token, event.finish_reason))
+        assert engine.running == engine.waiting == 0
+    for key, mine in said.items():
+        if key in broken:
+            assert mine[-1] == (BROKEN, "error")
+        else:
+            assert mine == expected[key]
+
+
+def test_generate_says_it_when_the_others_have_ended(poisoned: CompiledModel) -> None:
+    prompts = [(1, 2), (3, POISON), (4, 5)]
+    events = generate(poisoned, prompts, Sampling(max_new_tokens=6, vocab_limit=POISON))
+    assert sorted(next(events).prompt for _ in range(12)) == [0] * 6 + [2] * 6
+    with pytest.raises(NonFiniteLogits, match="NaN or infinite"):
+        next(events)
 
 
 def test_a_saved_prompt_is_not_read_again(model: CompiledModel) -> None:

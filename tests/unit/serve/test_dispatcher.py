@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 import httpx
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.engine.recompute import RecomputingSlots
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.serve.errors import ApiError
@@ -55,6 +62,46 @@ def test_an_engine_that_breaks_answers_500_and_turns_unhealthy(loaded: LoadedMod
             assert later.status_code == 500
             assert failures == [engine.error]
             await _until(lambda: engine.closed)
+
+    asyncio.run(run())
+
+
+class Poisoned:
+    """A model whose logits are NaN from the token 7 of a text on."""
+
+    def __init__(self, inner: CompiledModel) -> None:
+        self.spec, self.limit, self._inner = inner.spec, inner.limit, inner
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        rows = self._inner.logits(tokens)
+        return np.full_like(rows, np.nan) if 7 in tokens else rows
+
+    def slots(self, count: int, capacity: int) -> RecomputingSlots:
+        return RecomputingSlots(cast(CompiledModel, self), count, capacity)
+
+
+def test_nan_is_the_failure_of_its_own_request(loaded: LoadedModel) -> None:
+    async def run() -> None:
+        poisoned = replace(loaded, model=cast(CompiledModel, Poisoned(loaded.model)))
+        failures: list[BaseException] = []
+        bodies = [
+            {**BODY, "prompt": prompt, "temperature": 0, "logit_bias": {"7": -100}, **changes}
+            for prompt in ([1, 2], [1, 7])
+            for changes in ({}, {"n": 2}, {"stream": True}, {"echo": True, "logprobs": 1})
+        ]
+        async with serving(poisoned, failures=failures) as (service, client):
+            answers = await asyncio.gather(
+                *(client.post("/v1/completions", json=body) for body in bodies)
+            )
+            assert [answer.status_code for answer in answers] == [200] * 4 + [500, 500, 200, 500]
+            for answer in answers[4:]:
+                error = json.loads(answer.text.removeprefix("data: "))["error"]
+                assert (error["code"], error["type"]) == ("non_finite_logits", "server_error")
+            texts = [answer.json()["choices"][0]["text"] for answer in answers[:2]]
+            assert texts[0] == texts[1]
+            assert answers[2].text.endswith("data: [DONE]\n\n")
+            assert service.dispatcher.load == 0
+            assert not failures
 
     asyncio.run(run())
 

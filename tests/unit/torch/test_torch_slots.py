@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qwen2kit.backend.slots import Edit, Feed, PersistentSlots
+from qwen2kit.backend.slots import BROKEN, Edit, Feed, PersistentSlots
 from qwen2kit.errors import BackendError, WeightError
 from tests.conftest import small_spec
 from tests.unit.torch.peers import SPECS, TOKENS, continued, ours, theirs
@@ -156,17 +156,19 @@ def test_shortlist_is_what_numpy_makes_of_the_rows() -> None:
         assert found.raw_total[index] == pytest.approx(np.logaddexp.reduce(raw), abs=1e-5)
 
 
-def test_logits_that_are_no_numbers_are_refused() -> None:
+def test_logits_that_are_no_numbers_are_told() -> None:
     from qwen2kit_torch.engine.logits import DeviceLogits
 
     bad = torch.zeros(2, 40)
     bad[1, 5] = torch.nan
-    for look in (lambda x: x.greedy(None), lambda x: x.shortlist(4, [Edit(), Edit()])):
-        with pytest.raises(BackendError, match="NaN"):
-            look(DeviceLogits(bad))
+    assert DeviceLogits(bad).greedy(None) == [0, BROKEN]
     assert DeviceLogits(bad).greedy(5) == [0, 0]
-    with pytest.raises(BackendError, match="NaN or infinite"):
-        DeviceLogits(torch.full((1, 8), -torch.inf)).greedy(None)
+    for size in (4, 40):
+        assert DeviceLogits(bad).shortlist(size, [Edit(), Edit()]).sound == [True, False]
+    for value in (torch.inf, -torch.inf):
+        nothing = DeviceLogits(torch.full((1, 8), value))
+        assert nothing.greedy(None) == [BROKEN]
+        assert nothing.shortlist(4, [Edit()]).sound == [False]
 
 
 def test_slots_are_refused_beyond_limit_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
