@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,7 +28,7 @@ from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights, can_capture, join
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.prefill import logits_in_slices
-from qwen2kit_torch.quantized import BITS, quantize_layers
+from qwen2kit_torch.quantized import BITS, can_read, quantize_layers
 from qwen2kit_torch.score import score
 from qwen2kit_torch.weights import export_weights, load_weights
 
@@ -74,7 +75,15 @@ class TorchModel:
     def load(self, weights: WeightSource) -> LoadReport:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
         self._joined = None
-        return load_weights(self.module, weights, device=self.device)
+        report = load_weights(self.module, weights, device=self.device)
+        bits = self.plan.weight_bits
+        if bits is None or self.device.type != "cpu" or can_read(bits, self.dtype):
+            return report
+        note = (
+            f"a CPU decodes {bits}-bit weights in {str(self.dtype).removeprefix('torch.')} expanded: "
+            "they take as much memory as without --weight-bits; 4 bits in bfloat16 stay packed"
+        )
+        return replace(report, notes=(note,))
 
     def export(self) -> Iterator[tuple[str, HostTensor]]:
         """All schema parameters in schema order, canonical names, in the parameters' dtype."""

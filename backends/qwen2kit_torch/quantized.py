@@ -61,8 +61,9 @@ class Quantized:
 class QuantizedLinear(Linear):
     """A `Linear` whose matrix is `Quantized`; it is expanded for a product with many rows.
 
-    With few rows, 4 bits and bfloat16 a CPU reads the codes as they are once `pack` was called,
-    which takes as much memory again.
+    Once `pack` was called on a CPU, 4 bits in bfloat16 are read as they are by products with few
+    rows (a second copy of the codes). For the others PyTorch has no product that is quicker than a
+    dense one (`can_read`): they are then expanded for good, and the codes dropped.
 
     Args:
         base: the layer to replace, on the meta device.
@@ -78,13 +79,14 @@ class QuantizedLinear(Linear):
         self.bits, self.group, self.dtype = bits, group, base.weight.dtype
         self._packed = None
         self._for_cpu: tuple[Tensor, Tensor] | None = None
+        self._expanded = False
         self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
         self.register_parameter("bias", base.bias)
 
     def fill(self, matrix: Quantized) -> None:
         """Take ``matrix``, whose bits and group become the layer's."""
         self.bits, self.group = matrix.bits, matrix.group
-        self._for_cpu = None
+        self._for_cpu, self._packed, self._expanded = None, None, False
         self.weight = nn.Parameter(matrix.codes, requires_grad=False)
         self.scales = nn.Parameter(matrix.scales, requires_grad=False)
         self.offsets = nn.Parameter(matrix.offsets, requires_grad=False)
@@ -98,6 +100,8 @@ class QuantizedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
+        if self._expanded:
+            return super().forward(x)
         rows = x.reshape(-1, self.in_features)
         if self._for_cpu is None or len(rows) > _FEW_ROWS:
             return F.linear(x, self.matrix.dense(x.dtype), self.bias)
@@ -107,20 +111,36 @@ class QuantizedLinear(Linear):
         return out.view(*x.shape[:-1], self.out_features)
 
     def pack(self) -> None:
-        """Bring 4-bit codes into the layout of PyTorch's product for CPUs, if they fit it."""
+        """Bring 4-bit codes into the layout of PyTorch's product for CPUs, or expand them."""
+        if self._expanded or self._for_cpu is not None or self.weight.is_cuda:
+            return
         matrix = self.matrix
-        fits = self.bits == 4 and self.out_features % 16 == 0 and self.dtype == torch.bfloat16
-        if self._for_cpu is None and fits and not matrix.codes.is_cuda:
+        if can_read(self.bits, self.dtype) and self.out_features % 16 == 0:
             codes = torch.cat([matrix.codes & 15, matrix.codes >> 4], dim=1)
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
             # There a weight is (code - 8) * scale + zero.
             zeros = matrix.offsets.float() + 8 * matrix.scales.float()
             steps = torch.stack([matrix.scales.float(), zeros], -1).transpose(0, 1)
             self._for_cpu = packed, steps.to(self.dtype).contiguous()
+            return
+        self._expanded = True
+        self.weight = nn.Parameter(matrix.dense(self.dtype), requires_grad=False)
+        nothing = torch.empty(0, dtype=self.dtype)
+        self.scales = self.offsets = nn.Parameter(nothing, requires_grad=False)
+        super().pack()
 
     def dense_weight(self) -> Tensor:
         """The matrix ``[outputs, inputs]`` in the compute dtype."""
-        return self.matrix.dense(self.dtype)
+        return super().dense_weight() if self._expanded else self.matrix.dense(self.dtype)
+
+
+def can_read(bits: int, dtype: torch.dtype) -> bool:
+    """Whether a CPU's product with codes is quicker than one with the expanded matrix.
+
+    PyTorch's int4 product is vectorised for bfloat16 only (13 times as slow as a dense one in
+    float32), and its int8 product takes one scale per row, not one per group.
+    """
+    return bits == 4 and dtype == torch.bfloat16
 
 
 def quantize_layers(module: Qwen2, *, bits: int, group: int) -> None:

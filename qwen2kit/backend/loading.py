@@ -27,6 +27,11 @@ class LoadedModel:
     report: LoadReport
     plan: ExecutionPlan = field(default_factory=ExecutionPlan)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the weights were read and are held."""
+        return self.checkpoint.notes + self.report.notes
+
     def sampling(self, **overrides: object) -> Sampling:
         """The checkpoint's generation defaults (stop ids included), with ``overrides`` applied.
 

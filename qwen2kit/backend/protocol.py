@@ -67,11 +67,13 @@ class Capabilities:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """What `CompiledModel.load` did: tensors and bytes taken, seconds used."""
+    """What `CompiledModel.load` did: tensors and bytes taken, seconds used, and what a user should
+    know about it."""
 
     tensors: int
     bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def open_session(
         session.tools = tools
     for key in loaded.checkpoint.generation.ignored:
         screen.print(f"note: {key} of generation_config.json is not supported", markup=False)
-    for note in loaded.checkpoint.notes:
+    for note in loaded.notes:
         screen.print(f"note: {note}", markup=False)
     if not session.is_chat:
         screen.print("This model has no chat template: it continues your text.")

@@ -145,7 +145,7 @@ def _load(model: str, *, backend: str, plan: ExecutionPlan, adapter: str | None)
 
     with console().status(f"loading {model}"):
         loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
-    for note in loaded.checkpoint.notes:
+    for note in loaded.notes:
         console().print(f"note: {note}", markup=False)
     return loaded
 

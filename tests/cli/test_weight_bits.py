@@ -25,6 +25,8 @@ def test_torch_says_which_bits_it_has(command: str, model_dir: Path) -> None:
     torch = (command, model_dir, "--backend", "torch", "--weight-bits")
     if command == "chat":
         assert run_json(*torch, "8", *OPTIONS)["tokens"] == 6
+        said = run_cli(*torch, "8", *OPTIONS).stderr
+        assert "take as much memory as without --weight-bits" in said
     odd = run_cli(*torch, "3", *(OPTIONS if command == "chat" else ("--port", "0")))
     assert odd.returncode != 0
     assert "4 or 8 bits, not to 3" in odd.stderr.splitlines()[-1]

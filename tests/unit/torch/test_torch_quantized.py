@@ -105,6 +105,24 @@ def test_bfloat16_on_a_cpu_reads_the_codes_while_decoding() -> None:
     assert np.abs(found - exact).mean() <= 2 * np.abs(expanded - exact).mean()
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(8, "float32"), (4, "float32"), (8, "bfloat16")])
+def test_a_cpu_expands_what_it_cannot_read_quickly(bits: int, dtype: str) -> None:
+    model = ours(SPEC, weight_bits=bits, weight_group_size=32, dtype=dtype)
+    before = MemorySource.collect(model.export())
+    dense = ours(SPEC, before, dtype=dtype)
+    assert alone(model, TOKENS, 8) == alone(dense, TOKENS, 8)
+    layer = model.module.model.layers[0].mlp.down_proj
+    assert layer._expanded
+    assert layer.scales.numel() == 0
+    np.testing.assert_allclose(model.logits(TOKENS), dense.logits(TOKENS), atol=1e-5)
+    for name, tensor in model.export():
+        np.testing.assert_array_equal(tensor.float32(), before.read(name).float32())
+    model.load(random_weights(SPEC))
+    assert layer.weight.dtype == torch.uint8
+    for name, tensor in model.export():
+        np.testing.assert_array_equal(tensor.float32(), before.read(name).float32())
+
+
 def test_rows_that_do_not_divide_stay_dense() -> None:
     model = ours(SPECS["tied"], weight_bits=4, weight_group_size=64)
     layer = model.module.model.layers[0]
