@@ -43,7 +43,7 @@ def slots_that_fit(count: int, capacity: int, per_token: int, free: int | None) 
     if not fitting:
         raise BackendError(
             f"a slot of {capacity} tokens takes {slot / 1e9:.1f} GB, {max(0, free) / 1e9:.1f} GB "
-            "are free; ask for fewer tokens, or use cache_bits=8 or 4"
+            "are free; ask for fewer tokens (serve: --context), or use --cache-bits 8 or 4"
         )
     return int(min(count, fitting))
 

@@ -79,8 +79,9 @@ class TorchModel:
         bits = self.plan.weight_bits
         if bits is None or self.device.type != "cpu" or can_read(bits, self.dtype):
             return report
+        dtype = str(self.dtype).removeprefix("torch.")
         note = (
-            f"a CPU decodes {bits}-bit weights in {str(self.dtype).removeprefix('torch.')} expanded: "
+            f"a CPU decodes {bits}-bit weights in {dtype} expanded: "
             "they take as much memory as without --weight-bits; 4 bits in bfloat16 stay packed"
         )
         return replace(report, notes=(note,))

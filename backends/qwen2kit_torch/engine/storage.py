@@ -55,7 +55,7 @@ class Storage:
         if room < one:
             raise BackendError(
                 f"a slot of {capacity} tokens takes {one / 1e9:.1f} GB and {room / 1e9:.1f} GB "
-                f"are free on {device}; ask for shorter sequences"
+                f"are free on {device}; ask for shorter sequences (serve: --context)"
             )
         self.count = min(count, room // one)
         self.capacity = capacity
