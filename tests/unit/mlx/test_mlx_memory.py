@@ -34,7 +34,7 @@ def test_fewer_slots_where_memory_is_short() -> None:
     assert slots_that_fit(8, 512, 1000, 3 * 512_000) == 3
     assert slots_that_fit(8, 500, 1000, 3 * 512_000) == 3  # memory comes in blocks of 256
     for free in (511_999, 0, -5):
-        with pytest.raises(BackendError, match="fewer tokens, or use cache_bits"):
+        with pytest.raises(BackendError, match=r"fewer tokens .*--context.* or use --cache-bits"):
             slots_that_fit(8, 512, 1000, free)
 
 
