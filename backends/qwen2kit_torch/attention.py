@@ -6,7 +6,7 @@ boolean, True where visible.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,7 @@ class Visibility:
 def visibilities(
     windows: Iterable[int | None],
     *,
-    start: Sequence[int],
+    start: int,
     length: int,
     documents: Tensor | None,
     device: torch.device,
@@ -66,7 +66,7 @@ def visibilities(
 
     Args:
         windows: sliding-window lengths in tokens.
-        start: tokens already cached, per row (a single 0 without a cache).
+        start: tokens already cached.
         length: T, the number of new tokens per row.
         documents: ``[B, T]`` document numbers that attention must not cross, or None.
         device: where masks are built.
@@ -77,27 +77,24 @@ def visibilities(
 
 class _MaskBuilder:
     def __init__(
-        self, start: Sequence[int], length: int, documents: Tensor | None, device: torch.device
+        self, start: int, length: int, documents: Tensor | None, device: torch.device
     ) -> None:
         self.start, self.length, self.documents, self.device = start, length, documents, device
-        self.total = max(start) + length
-        self.equal = min(start) == max(start)
+        self.total = start + length
 
     def __call__(self, window: int | None) -> Visibility:
         in_reach = window is None or self.total <= window
-        if in_reach and self.equal and self.documents is None:
+        if in_reach and self.documents is None:
             if self.length == 1:
                 return Visibility(None, causal=False)
-            if self.start[0] == 0:
+            if self.start == 0:
                 return Visibility(None, causal=True)
         return Visibility(self._mask(None if in_reach else window), causal=False)
 
     def _mask(self, window: int | None) -> Tensor:
-        starts = self.start[:1] if self.equal else self.start
-        rows_B1 = torch.tensor(starts, device=self.device)[:, None]
-        queries_BT = rows_B1 + torch.arange(self.length, device=self.device)
+        queries_T = torch.arange(self.start, self.total, device=self.device)
         keys_S = torch.arange(self.total, device=self.device)
-        distance_BTS = queries_BT[:, :, None] - keys_S
+        distance_BTS = (queries_T[:, None] - keys_S)[None]
         visible = distance_BTS >= 0
         if window is not None:
             visible &= distance_BTS < window

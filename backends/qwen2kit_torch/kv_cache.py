@@ -21,10 +21,10 @@ class Cache(Protocol):
     """What a forward pass asks of the cache it appends to.
 
     Attributes:
-        lengths: tokens already held, per row.
+        length: tokens already held, in every row.
     """
 
-    lengths: list[int]
+    length: int
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` more tokens in every row, before the layers append them."""
@@ -57,7 +57,7 @@ class KVCache:
         dtype: torch.dtype,
         capacity: int = _BLOCK,
     ) -> None:
-        self.lengths = [0]
+        self.length = 0
         self._shape = (1, spec.num_key_value_heads, _round_up(capacity), spec.head_dim)
         self._layers = [
             (torch.zeros(self._shape, device=device, dtype=dtype),
@@ -72,7 +72,7 @@ class KVCache:
 
     def reserve(self, new: int) -> None:
         """Make room for ``new`` more tokens in every row, before the layers append them."""
-        needed = self.lengths[0] + new
+        needed = self.length + new
         if needed > self.capacity:
             self._reallocate(_round_up(max(needed, self.capacity + self.capacity // 2)))
 
@@ -80,28 +80,28 @@ class KVCache:
         """Store a layer's new keys and values; returns all, ``[1, K, S, C]``."""
         keys, values = self._layers[layer]
         new = k_BKTC.shape[2]
-        start = self.lengths[0]
+        start = self.length
         keys[:, :, start : start + new] = k_BKTC
         values[:, :, start : start + new] = v_BKTC
         return keys[:, :, : start + new], values[:, :, : start + new]
 
     def advance(self, new: int) -> None:
         """Count ``new`` tokens as present in every row, after all layers have appended them."""
-        self.lengths = [self.lengths[0] + new]
+        self.length += new
 
     def keep_slots(self, slots: Sequence[int]) -> None:
         """Drop all slots but ``slots``, which keep the given order."""
         count = len(slots)
-        assert count <= self.lengths[0]
+        assert count <= self.length
         if any(slot != index for index, slot in enumerate(slots)):
             index = torch.tensor(slots, device=self._layers[0][0].device)
             for pair in self._layers:
                 for part in pair:
                     part[:, :, :count] = part[:, :, index]
-        self.lengths = [count]
+        self.length = count
 
     def _reallocate(self, capacity: int) -> None:
-        used = self.lengths[0]
+        used = self.length
         self._shape = (*self._shape[:2], capacity, self._shape[3])
         for layer, pair in enumerate(self._layers):
             grown = tuple(old.new_zeros(self._shape) for old in pair)

@@ -252,9 +252,9 @@ class Qwen2(nn.Module):
         norm's output. Arguments and errors are those of `forward_hidden`."""
         assert cache is None or documents is None
         length = tokens.shape[1]
-        start = [0] if cache is None else cache.lengths
+        start = 0 if cache is None else cache.length
         if visible is None:
-            self._check_length(max(start) + length)
+            self._check_length(start + length)
         if cache is not None:
             cache.reserve(length)
         x_BTD = self.model.embed_tokens(tokens)
@@ -304,16 +304,12 @@ class Qwen2(nn.Module):
         self._settled = False
 
     def _rope(
-        self, positions: Tensor | None, start: list[int], length: int, like: Tensor
+        self, positions: Tensor | None, start: int, length: int, like: Tensor
     ) -> tuple[Tensor, Tensor]:
-        total = max(start) + length
-        if positions is None and min(start) == max(start):
-            cos, sin = self.rotary.tables(total, like.device, like.dtype)
-            return cos[start[0] : total, None], sin[start[0] : total, None]
-        if positions is None:
-            rows = torch.tensor(start, device=like.device)
-            positions = rows[:, None] + torch.arange(length, device=like.device)
+        total = start + length
         cos, sin = self.rotary.tables(total, like.device, like.dtype)
+        if positions is None:
+            return cos[start:total, None], sin[start:total, None]
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
     def _check_length(self, length: int) -> None:

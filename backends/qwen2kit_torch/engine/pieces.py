@@ -62,12 +62,12 @@ class PackedCache:
     """The slots as one pass sees them: a cache of one row that holds all pieces.
 
     Attributes:
-        lengths: the largest position of a first token, which bounds the rotary table.
+        length: the largest position of a first token, which bounds the rotary table.
     """
 
     def __init__(self, storage: Storage, pieces: Sequence[Piece]) -> None:
         self._storage, self._pieces = storage, pieces
-        self.lengths = [max(piece.start for piece in pieces)]
+        self.length = max(piece.start for piece in pieces)
 
     def reserve(self, new: int) -> None:
         """Nothing: slots have their final size."""
@@ -133,5 +133,5 @@ def _visible(piece: Piece, first: int, window: int | None, device: torch.device)
     if length == 1:
         return Visibility(None, causal=False)
     start = piece.start - first
-    found = visibilities([window], start=[start], length=length, documents=None, device=device)
+    found = visibilities([window], start=start, length=length, documents=None, device=device)
     return found[window]

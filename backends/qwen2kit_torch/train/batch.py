@@ -127,7 +127,7 @@ class Cutting:
         if self.cp is None:
             numbers = None if plain else self._move(documents)
             found = visibilities(
-                self.windows, start=[0], length=length, documents=numbers, device=self.device
+                self.windows, start=0, length=length, documents=numbers, device=self.device
             )
             return dict(found)
         queries = positions_of(*self._place, length)
