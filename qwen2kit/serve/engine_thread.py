@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from queue import SimpleQueue
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Protocol
 
 from qwen2kit.engine.text import TextEngine, TextEvent
 from qwen2kit.errors import NonFiniteLogits, Qwen2KitError
@@ -165,10 +166,8 @@ class EngineThread:
             self._tell(self._listener.scored, scoring, result)
 
     def _state(self) -> EngineState:
-        totals: dict[str, Any] = {
-            name: getattr(self._engine.stats, name) for name in EngineState.TOTALS
-        }
-        return EngineState(self._engine.running, self._engine.waiting, **totals)
+        engine = self._engine
+        return EngineState(engine.running, engine.waiting, replace(engine.stats))
 
     def _tell(self, method: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody is left to be told

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from qwen2kit.engine.stats import EngineStats
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
 
 
+_TOTALS: Final = {
+    "prompt_tokens": "Prompt tokens taken in.",
+    "cached_tokens": "Prompt tokens served from the prefix cache.",
+    "generated_tokens": "Tokens generated.",
+    "drafted": "Tokens proposed by the drafter.",
+    "accepted": "Proposed tokens that were kept.",
+}
+"""Fields of `EngineStats` that are counters, and their descriptions."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """The engine after a step: sequences in slots and waiting, and its totals so far."""
-
-    TOTALS: ClassVar[dict[str, str]] = {
-        "prompt_tokens": "Prompt tokens taken in.",
-        "cached_tokens": "Prompt tokens served from the prefix cache.",
-        "generated_tokens": "Tokens generated.",
-        "drafted": "Tokens proposed by the drafter.",
-        "accepted": "Proposed tokens that were kept.",
-    }
+    """The engine after a step: sequences in slots and waiting, and its counts so far."""
 
     running: int = 0
     waiting: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
+    stats: EngineStats = field(default_factory=EngineStats)
 
 
 class Metrics:
@@ -52,7 +52,7 @@ class Metrics:
         self._waiting = self._gauge("waiting", "Sequences that wait for a slot.")
         self._totals = {
             name: Counter(f"qwen2kit_{name}", text, registry=self._registry)
-            for name, text in EngineState.TOTALS.items()
+            for name, text in _TOTALS.items()
         }
         self._first = self._histogram(
             "time_to_first_token", "From a request's arrival to its first token.", _SECONDS
@@ -67,7 +67,7 @@ class Metrics:
         self._running.set(state.running)
         self._waiting.set(state.waiting)
         for name, counter in self._totals.items():
-            counter.inc(max(0, getattr(state, name) - getattr(self.state, name)))
+            counter.inc(max(0, getattr(state.stats, name) - getattr(self.state.stats, name)))
         self.state = state
 
     def tokens(self, count: int, seconds: float, *, first: bool) -> None:
