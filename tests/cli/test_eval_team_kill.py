@@ -1,0 +1,148 @@
+"""SIGKILL in the middle of ``qwen2kit eval --nproc 2``: nothing is lost, nothing scored twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.eval_tasks import WORDS, write_tasks
+from tests.run_cli import OFFLINE, run_cli
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
+]
+
+QUESTIONS = 1000
+LOGS = ("requests.jsonl", "requests-1.jsonl")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("killed")
+    write_tiny_checkpoint(home / "model")
+    data = [
+        {"text": f"{WORDS[i % 13]} {i} {WORDS[i % 7]} {i * i}", "gold": i % 4, "kind": "many"}
+        for i in range(QUESTIONS)
+    ]
+    write_tasks(home / "tasks", tiny_choice={"data": data})
+    return home
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> dict[str, Any]:
+    return document(home, "whole")
+
+
+def arguments(home: Path, output: str) -> list[str]:
+    return [
+        "eval", str(home / "model"), "--tasks", "tiny_choice", "--backend", "torch",
+        "--device", "cpu", "--include-path", str(home / "tasks"), "--output", output, "--json",
+    ]  # fmt: skip
+
+
+def keys(home: Path, run: str) -> list[str]:
+    return [
+        json.loads(line)["key"]
+        for name in LOGS
+        if (home / run / name).exists()
+        for line in (home / run / name).read_bytes().splitlines(keepends=True)
+        if line.endswith(b"\n")
+    ]
+
+
+def rank_of(process: Path) -> str | None:
+    try:
+        environment = (process / "environ").read_bytes().split(b"\0")
+        inside = process.joinpath("cwd").readlink()
+    except OSError:
+        return None
+    ranks = [entry for entry in environment if entry.startswith(b"RANK=")]
+    return f"{ranks[0].decode()} {inside}" if ranks else None
+
+
+def processes_of_rank(rank: int, home: Path) -> list[int]:
+    found = (path for path in Path("/proc").iterdir() if path.name.isdigit())
+    return [int(path.name) for path in found if rank_of(path) == f"RANK={rank} {home}"]
+
+
+def interrupted(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int, str]:
+    """Start a run, ``kill(pid)`` once both processes have answers; its code and error output."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "qwen2kit", *arguments(home, run), "--nproc", "2"],
+        cwd=home,
+        env={**os.environ, **OFFLINE, "HF_DATASETS_CACHE": str(home / "cache")},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and child.poll() is None:
+        logs = [home / run / name for name in LOGS]
+        if all(log.exists() and log.stat().st_size > 500 for log in logs):
+            break
+        time.sleep(0.002)
+    kill(child.pid)
+    _, errors = child.communicate(timeout=60)
+    return child.returncode, errors
+
+
+def test_a_killed_team_goes_on(home: Path, undisturbed: dict[str, Any]) -> None:
+    def kill_everything(pid: int) -> None:
+        workers = processes_of_rank(0, home) + processes_of_rank(1, home)
+        for victim in (*workers, pid):
+            os.kill(victim, signal.SIGKILL)
+
+    code, _ = interrupted(home, "all", kill_everything)
+    assert code == -signal.SIGKILL
+    check(home, "all", undisturbed)
+
+
+def test_a_lost_process_ends_the_others_in_one_line(
+    home: Path, undisturbed: dict[str, Any]
+) -> None:
+    def kill_one(pid: int) -> None:
+        for worker in processes_of_rank(1, home):
+            os.kill(worker, signal.SIGKILL)
+
+    code, errors = interrupted(home, "one", kill_one)
+    assert code > 0
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
+    assert "Traceback" not in errors
+    assert not processes_of_rank(0, home)
+    check(home, "one", undisturbed)
+
+
+def check(home: Path, run: str, undisturbed: dict[str, Any]) -> None:
+    """Continue ``run`` on two processes: every question answered once, the same results."""
+    before = len(keys(home, run))
+    assert 0 < before < 4 * QUESTIONS
+    assert not (home / run / "results.json").exists()
+    finished = document(home, run, "--nproc", "2")
+    after = keys(home, run)
+    assert len(after) == len(set(after)) == 4 * QUESTIONS
+    asked = finished["provenance"]["evaluation"]["requests"]
+    assert asked == {"answered": 4 * QUESTIONS - before, "from_log": before}
+    assert finished["results"] == undisturbed["results"]
+
+
+def document(home: Path, run: str, *options: str) -> dict[str, Any]:
+    cache = {"HF_DATASETS_CACHE": str(home / "cache")}
+    done = run_cli(*arguments(home, run), *options, cwd=home, env=cache, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
