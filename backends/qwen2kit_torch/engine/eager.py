@@ -12,6 +12,7 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.attention import Attend
 from qwen2kit_torch.engine.logits import DeviceLogits
+from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import PackedAttend, PackedCache, Piece, passes, positions_of
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.model import Qwen2
@@ -43,6 +44,7 @@ class EagerSlots:
             )
         self.count, self.capacity = self._storage.count, capacity
 
+    @bounded_by_memory
     @torch.inference_mode()
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
         """Append tokens to slots; see the protocol.

@@ -13,6 +13,7 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits
+from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import passes
 from qwen2kit_torch.engine.prompts import PromptPass
 from qwen2kit_torch.engine.step import HISTORY, Step
@@ -47,6 +48,7 @@ class GraphSlots(EagerSlots):
         self._steps: dict[int, CapturedStep] = {}
         self._pool: Any = None
 
+    @bounded_by_memory
     @torch.inference_mode()
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
         """Append tokens to slots; see the protocol."""
@@ -109,6 +111,7 @@ class GraphSlots(EagerSlots):
         super().close()
         self._steps.clear()
 
+    @bounded_by_memory
     def _step(self, rows: int) -> CapturedStep:
         bucket = power_of_two(rows)
         step = self._steps.get(bucket)

@@ -197,3 +197,15 @@ def test_a_training_model_continues_with_its_present_weights() -> None:
     spec = SPECS["tied"]
     model = ours(spec, train=TrainPlan())
     assert alone(model, TOKENS, 12) == alone(ours(spec), TOKENS, 12)
+
+
+def test_a_device_without_memory_says_what_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours(SPECS["tied"])
+    slots = model.slots(1, 16)
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(model.module, "head", full)
+    with pytest.raises(BackendError, match="out of memory while generating; use fewer slots"):
+        slots.feed([Feed(0, 0, (1, 2))])
