@@ -5,8 +5,8 @@
 Every configuration is trained for a few steps on random tokens through the public training API
 in a process of its own. Several run at a time where the predicted memory allows it; with
 ``--timing`` they run one by one and the later steps are timed. ``--processes N`` measures layouts
-of N GPUs instead. ``--list`` only predicts and needs no GPU. Weights are constants: memory and
-time do not depend on them.
+of N GPUs instead, ``--large`` configurations for one GPU of over 130 GiB. ``--list`` only predicts
+and needs no GPU. Weights are constants: memory and time do not depend on them.
 """
 
 from __future__ import annotations
@@ -100,6 +100,15 @@ SINGLE = (
     Case("qwen2-1.5b", 4096, 4, "full", adapter="lora"),
     Case("qwen2-1.5b", 2048, 4, "full", adapter="qlora"),
 )
+
+LARGE = (
+    Case("qwen2-0.5b", 4096, 16),
+    Case("qwen2-1.5b", 4096, 8),
+    Case("qwen2-7b", 4096, 4, adapter="lora"),
+    Case("qwen2-7b", 4096, 4, "full", adapter="qlora"),
+    Case("qwen2-7b", 4096, 2, "full"),
+)
+"""For one GPU of over 130 GiB."""
 
 
 def layouts(processes: int) -> tuple[Case, ...]:
@@ -339,6 +348,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="results are appended to it")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--timing", action="store_true")
+    parser.add_argument("--large", action="store_true", help="cases for one GPU of over 130 GiB")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -347,7 +357,8 @@ def main() -> None:
         case = Case(**json.loads(arguments.worker))
         contest.announce(train(case, arguments.timing))
         return
-    chosen = SINGLE if arguments.processes == 1 else layouts(arguments.processes)
+    alone = LARGE if arguments.large else SINGLE
+    chosen = alone if arguments.processes == 1 else layouts(arguments.processes)
     cases = tuple(case for case in chosen if arguments.only in case.name)
     if arguments.list:
         print("\n".join(predictions(cases, "h100", arguments.processes)))
