@@ -15,7 +15,7 @@ from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
-from qwen2kit.backend.slots import BROKEN, PersistentSlots
+from qwen2kit.backend.slots import BROKEN, Feed, Logits, PersistentSlots
 from qwen2kit.engine.batching import compose
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
@@ -43,6 +43,11 @@ class Engine:
         drafter: guesses tokens ahead; the engine closes it. What a grammar forces is taken several
             tokens at a time without one.
 
+    Attributes:
+        spec: the model's.
+        capacity: as given.
+        stats: counts since it was made.
+
     Raises:
         BackendError: not even one slot of ``capacity`` tokens is possible.
     """
@@ -60,9 +65,9 @@ class Engine:
             raise ConfigError(f"prefill_tokens must be at least 1, got {prefill_tokens}")
         self.stats = EngineStats()
         self.capacity = capacity
-        self._spec = model.spec
+        self.spec = model.spec
         self._prefill = prefill_tokens
-        self._speculates = drafter is not None
+        self.speculates = drafter is not None
         self._drafter = JumpAhead(drafter)
         self._slots = model.slots(slots, capacity)
         self._table = SlotTable(self._slots.count, capacity)
@@ -99,12 +104,12 @@ class Engine:
             BackendError: the prompt is empty, longer than a slot, or it or a bias names a token
                 id outside the vocabulary.
         """
-        check_tokens(request.prompt, self._spec, self.capacity, "the prompt")
+        check_tokens(request.prompt, self.spec, self.capacity, "the prompt")
         biased = max((token for token, _ in request.sampling.logit_bias), default=0)
-        if biased >= self._spec.vocab_size:
+        if biased >= self.spec.vocab_size:
             raise BackendError(
                 f"logit_bias holds token id {biased}, outside the vocabulary of "
-                f"{self._spec.vocab_size}"
+                f"{self.spec.vocab_size}"
             )
         self._last_key += 1
         self._waiting.append(start(self._last_key, request, self.capacity))
@@ -131,7 +136,7 @@ class Engine:
         if not self._running:
             return []
         self.stats.steps += 1
-        if not self._speculates and self._ahead is None:
+        if not self.speculates and self._ahead is None:
             sequences = list(self._running.values())
             if can_run_ahead(sequences):
                 self._ahead = RunAhead(self._slots, sequences)
@@ -157,7 +162,7 @@ class Engine:
                 not fit.
             WeightError: the tensors do not fit.
         """
-        check_tokens(tokens, self._spec, self.capacity, "the saved prompt")
+        check_tokens(tokens, self.spec, self.capacity, "the saved prompt")
         slots = self._persistent()
         if not self._table.free:
             raise BackendError("all slots are taken; restore a prompt before requests run")
@@ -167,6 +172,33 @@ class Engine:
         self._mend(slot)
         slots.restore(slot, tensors)
         self._table.put(slot, tokens, self.stats.steps)
+
+    def lend(self, tokens: Tokens[int]) -> int | None:
+        """An empty slot in which somebody else will run ``tokens`` (`feed_lent`) between the
+        steps, until `take_back`; None while all are taken.
+
+        Raises:
+            BackendError: the tokens are none, too many, or foreign.
+        """
+        check_tokens(tokens, self.spec, self.capacity, "the prompt")
+        if not self._table.free:
+            return None
+        self._stop_running_ahead()
+        slot = self._table.lend()
+        self._mend(slot)
+        return slot
+
+    def feed_lent(self, feed: Feed) -> Logits:
+        """Run tokens through a lent slot."""
+        self._stop_running_ahead()
+        return self._slots.feed([feed])
+
+    def take_back(self, slot: int, tokens: Tokens[int], *, sound: bool = True) -> None:
+        """A lent slot is free again. It holds ``tokens``, which prompts may build upon; nothing
+        of use, perhaps NaN, if it is not ``sound``."""
+        self._table.take_back(slot, tokens if sound else (), self.stats.steps)
+        if not sound:
+            self._spoilt.add(slot)
 
     def _persistent(self) -> PersistentSlots:
         if not isinstance(self._slots, PersistentSlots):
@@ -259,7 +291,7 @@ class Engine:
             for item in self._running.values()
             if item.unfed == 1
             and item.left > 1
-            and (self._speculates or item.request.constraint is not None)
+            and (self.speculates or item.request.constraint is not None)
         ]
         guesses = self._drafter.propose(asked) if asked else []
         self.stats.drafted += sum(map(len, guesses))

@@ -84,6 +84,19 @@ class SlotTable:
         self._free.add(slot)
         sequence.ended = self._left[slot] = now
 
+    def lend(self) -> int:
+        """A slot, the free one that was left longest ago, for tokens that are no sequence's. It
+        counts as empty, and as taken until it comes back."""
+        slot = self.oldest()
+        self._free.remove(slot)
+        self._write(slot, 0, ())
+        return slot
+
+    def take_back(self, slot: int, tokens: Tokens[int], now: int) -> None:
+        """A lent slot is free again and holds ``tokens``."""
+        self._free.add(slot)
+        self.put(slot, tokens, now)
+
     def longest(self, tokens: Tokens[int]) -> tuple[int, int]:
         """A slot that holds as many of the first ``tokens`` as any does, and how many."""
         common = self._common(tokens).tolist()

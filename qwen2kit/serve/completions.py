@@ -51,9 +51,7 @@ class CompletionAnswer:
 
     async def whole(self) -> dict[str, Any]:
         choices = self._choices()
-        scores = await self._scores()
-        async for _ in self._pieces(choices):
-            pass
+        scores = await self._filled(choices)
         return {
             **self._head,
             "choices": [self._choice(choice, scores) for choice in choices],
@@ -78,6 +76,21 @@ class CompletionAnswer:
     def release(self) -> None:
         if self._job is not None:
             self._service.dispatcher.cancel(self._job)
+
+    async def _filled(self, choices: list[Choice]) -> list[PromptScores]:
+        """Take all pieces while the scores, which may have to wait for a slot, are computed."""
+
+        async def fill() -> None:
+            async for _ in self._pieces(choices):
+                pass
+
+        tasks = asyncio.create_task(self._scores()), asyncio.create_task(fill())
+        try:
+            scores, _ = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return scores
 
     async def _pieces(self, choices: list[Choice]) -> AsyncIterator[Piece]:
         if self._job is None:

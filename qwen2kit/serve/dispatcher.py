@@ -23,7 +23,7 @@ from qwen2kit.serve.errors import (
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import EngineState, Metrics
 from qwen2kit.serve.own_thread import OwnThread
-from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
+from qwen2kit.serve.scoring import PromptScores, Scoring
 from qwen2kit.serve.ticket import Job, Ticket, Work
 
 _LONGEST_WAIT = 60
@@ -39,8 +39,8 @@ class Dispatcher:
     """Hands work to an engine thread and its events to whoever waits for them.
 
     Args:
-        home: the thread in which engine and scorer were made.
-        engine, scorer: given over to it.
+        home: the thread in which the engine was made.
+        engine: given over to it.
         limits: of the server.
         metrics: told what happens.
         on_failure: called when the engine breaks, after everybody who waited was told.
@@ -54,7 +54,6 @@ class Dispatcher:
         self,
         home: OwnThread,
         engine: TextEngine,
-        scorer: PromptScorer,
         limits: Limits,
         metrics: Metrics,
         on_failure: Callable[[BaseException], None] = _ignore,
@@ -68,7 +67,7 @@ class Dispatcher:
         self._by_key: dict[int, Ticket] = {}
         self._scorings: set[Scoring] = set()
         self._mean_seconds = 1.0
-        self._thread = EngineThread(home, engine, scorer, asyncio.get_running_loop(), self)
+        self._thread = EngineThread(home, engine, asyncio.get_running_loop(), self)
 
     async def close(self) -> None:
         """Tell everybody who still waits, and let the engine go after its current step.

@@ -18,8 +18,8 @@ from time import perf_counter
 from typing import Protocol
 
 from qwen2kit.engine.text import TextEngine, TextEvent
-from qwen2kit.errors import NonFiniteLogits, Qwen2KitError
-from qwen2kit.serve.errors import ApiError, invalid, non_finite
+from qwen2kit.errors import Qwen2KitError
+from qwen2kit.serve.errors import ApiError, invalid
 from qwen2kit.serve.metrics import EngineState
 from qwen2kit.serve.own_thread import OwnThread
 from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
@@ -54,9 +54,8 @@ class EngineThread:
     """Runs an engine until it is told to leave or the engine breaks, then closes it.
 
     Args:
-        home: the thread in which engine and scorer were made.
+        home: the thread in which the engine was made.
         engine: nobody else touches it from now on.
-        scorer: likewise.
         loop: where ``listener`` lives.
         listener: told what happens.
 
@@ -68,13 +67,12 @@ class EngineThread:
         self,
         home: OwnThread,
         engine: TextEngine,
-        scorer: PromptScorer,
         loop: asyncio.AbstractEventLoop,
         listener: Listener,
     ) -> None:
         self.step_began: float | None = None
         self._engine = engine
-        self._scorer = scorer
+        self._scorer = PromptScorer(engine)
         self._loop = loop
         self._listener = listener
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -118,7 +116,6 @@ class EngineThread:
         except BaseException as error:
             self._tell(self._listener.failed, error)
         finally:
-            self._scorer.close()
             self._engine.close()
 
     def _run_commands(self) -> None:
@@ -150,17 +147,11 @@ class EngineThread:
     def _advance_scoring(self) -> None:
         """One piece of the oldest prompt, so that generation goes on in between."""
         while self._scorings and self._scorings[0].cancelled:
-            self._scorings.popleft()
+            self._scorer.drop(self._scorings.popleft())
         if not self._scorings:
             return
         scoring = self._scorings[0]
-        result: PromptScores | ApiError | None
-        try:
-            result = self._scorer.advance(scoring)
-        except NonFiniteLogits:
-            result = non_finite()
-        except Qwen2KitError as error:
-            result = invalid(str(error))
+        result = self._scorer.advance(scoring)
         if result is not None:
             self._scorings.popleft()
             self._tell(self._listener.scored, scoring, result)

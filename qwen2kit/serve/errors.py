@@ -92,6 +92,17 @@ def shutting_down() -> ApiError:
     )
 
 
+def no_memory() -> ApiError:
+    """503: the device has no memory for this at the moment."""
+    return ApiError(
+        503,
+        "the device is out of memory at the moment; try again, or send a shorter prompt",
+        kind="server_error",
+        code="out_of_memory",
+        retry_after=10,
+    )
+
+
 def non_finite() -> ApiError:
     """500: the logits of this request are NaN or infinite; others go on."""
     return ApiError(500, str(NonFiniteLogits()), kind="server_error", code="non_finite_logits")

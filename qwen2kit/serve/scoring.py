@@ -1,7 +1,7 @@
 """Log-probabilities of a prompt's own tokens, as ``echo`` with ``logprobs`` asks for them.
 
-They come from one slot of their own, piece by piece between the engine's steps, as a full softmax
-over every row of the head: what `CompiledModel.score` computes.
+They wait for one of the engine's slots and are computed there, piece by piece between its steps, as
+a full softmax over every row of the head: what `CompiledModel.score` computes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen2kit.backend.limits import check_tokens
-from qwen2kit.backend.protocol import CompiledModel
-from qwen2kit.backend.slots import Edit, Feed, Slots
-from qwen2kit.errors import NonFiniteLogits
+from qwen2kit.backend.slots import Edit, Feed
+from qwen2kit.engine.text import TextEngine
+from qwen2kit.errors import BackendError, NonFiniteLogits
+from qwen2kit.serve.errors import ApiError, invalid, no_memory, non_finite
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,6 +45,7 @@ class Scoring:
         prompt: token ids.
         top: likeliest tokens wanted per position.
         answer: where the scores go.
+        slot: the engine's that was borrowed for it, if it has one now.
         fed: positions computed so far.
         scores: those so far.
         cancelled: nobody waits for it.
@@ -53,60 +54,69 @@ class Scoring:
     prompt: tuple[int, ...]
     top: int
     answer: asyncio.Future[PromptScores]
+    slot: int | None = None
     fed: int = 0
     scores: PromptScores = field(default_factory=list)
     cancelled: bool = False
 
 
 class PromptScorer:
-    """Scores one prompt at a time; belongs to the engine's thread.
-
-    The slot is taken when the first prompt comes and kept.
+    """Scores one prompt at a time in a slot of the engine's; belongs to the engine's thread.
 
     Args:
-        model: loaded.
-        capacity: longest prompt in tokens.
+        engine: its slots are borrowed.
         piece: tokens computed at a time.
     """
 
-    def __init__(self, model: CompiledModel, capacity: int, piece: int = 256) -> None:
-        self._model = model
-        self._capacity = capacity
+    def __init__(self, engine: TextEngine, piece: int = 256) -> None:
+        self._engine = engine
         self._piece = piece
-        self._slots: Slots | None = None
 
-    def advance(self, scoring: Scoring) -> PromptScores | None:
-        """Compute one more piece; all scores if that was the last.
+    def advance(self, scoring: Scoring) -> PromptScores | ApiError | None:
+        """Compute one more piece: all scores if that was the last, why there are none, or None if
+        it goes on. Before the first piece it waits for a slot."""
+        if scoring.slot is None:
+            try:
+                scoring.slot = self._engine.engine.lend(scoring.prompt)
+            except BackendError as error:
+                return invalid(str(error))
+            if scoring.slot is None:
+                return None
+        try:
+            self._feed(scoring, scoring.slot)
+        except NonFiniteLogits:
+            self.drop(scoring, sound=False)
+            return non_finite()
+        except BackendError:
+            self.drop(scoring, sound=False)
+            return no_memory()
+        if scoring.fed < len(scoring.prompt) - 1:
+            return None
+        self.drop(scoring)
+        return scoring.scores
 
-        Raises:
-            BackendError: the prompt is too long or holds foreign ids, or no memory is left.
-            NonFiniteLogits: the model produced no numbers.
-        """
-        if scoring.fed == 0:
-            check_tokens(scoring.prompt, self._model.spec, self._capacity, "the prompt")
-        if self._slots is None:
-            self._slots = self._model.slots(1, self._capacity)
+    def drop(self, scoring: Scoring, *, sound: bool = True) -> None:
+        """Give the slot back, if it has one; what was computed in it stays of use if ``sound``."""
+        if scoring.slot is not None:
+            done = scoring.prompt[: scoring.fed]
+            self._engine.engine.take_back(scoring.slot, done, sound=sound)
+            scoring.slot = None
+
+    def _feed(self, scoring: Scoring, slot: int) -> None:
         prompt, start = scoring.prompt, scoring.fed
         targets = prompt[start + 1 : start + 1 + self._piece]
-        if targets:
-            tokens = prompt[start : start + len(targets)]
-            logits = self._slots.feed([Feed(0, start, tokens, wanted=len(tokens))])
-            edits = [_favour(target) for target in targets]
-            size = min(scoring.top + 1, self._model.spec.vocab_size)
-            found = logits.shortlist(size, edits)
-            if not all(found.sound):
-                self._slots.clear(0)
-                raise NonFiniteLogits
-            rows = zip(targets, found.ids, found.raw, found.raw_total, strict=True)
-            scoring.scores += [_score(*row, top=scoring.top) for row in rows]
-            scoring.fed += len(targets)
-        return scoring.scores if scoring.fed >= len(prompt) - 1 else None
-
-    def close(self) -> None:
-        """Give the slot back."""
-        if self._slots is not None:
-            self._slots.close()
-            self._slots = None
+        if not targets:
+            return
+        engine = self._engine.engine
+        tokens = prompt[start : start + len(targets)]
+        logits = engine.feed_lent(Feed(slot, start, tokens, wanted=len(tokens)))
+        size = min(scoring.top + 1, engine.spec.vocab_size)
+        found = logits.shortlist(size, [_favour(target) for target in targets])
+        if not all(found.sound):
+            raise NonFiniteLogits
+        rows = zip(targets, found.ids, found.raw, found.raw_total, strict=True)
+        scoring.scores += [_score(*row, top=scoring.top) for row in rows]
+        scoring.fed += len(targets)
 
 
 def _favour(target: int) -> Edit:

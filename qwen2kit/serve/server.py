@@ -22,7 +22,6 @@ from qwen2kit.serve.errors import shutting_down
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import Metrics
 from qwen2kit.serve.own_thread import OwnThread
-from qwen2kit.serve.scoring import PromptScorer
 from qwen2kit.serve.service import Service
 
 if TYPE_CHECKING:
@@ -107,7 +106,6 @@ async def _serve(
     dispatcher = Dispatcher(
         serving.home,
         serving.engine,
-        PromptScorer(serving.loaded.model, capacity),
         serving.limits,
         metrics,
         on_failure=leave,

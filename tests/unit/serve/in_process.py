@@ -23,7 +23,6 @@ from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import Metrics
 from qwen2kit.serve.own_thread import OwnThread
-from qwen2kit.serve.scoring import PromptScorer
 from qwen2kit.serve.service import Service
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -119,7 +118,6 @@ async def serving(
         home,
         cast(TextEngine, engine)
         or home.run(lambda: TextEngine(loaded, slots=limits.slots, capacity=capacity)).result(),
-        PromptScorer(loaded.model, capacity),
         limits,
         metrics,
         on_failure=(failures if failures is not None else []).append,

@@ -1,0 +1,136 @@
+"""Scoring prompts in the engine's own slots: waiting, memory, leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from qwen2kit.backend.loading import LoadedModel
+from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.backend.slots import Feed
+from qwen2kit.engine.host_logits import HostLogits
+from qwen2kit.engine.recompute import RecomputingSlots
+from qwen2kit.errors import BackendError
+from qwen2kit.serve.limits import Limits
+from tests.unit.serve.in_process import CAPACITY, serving
+
+PROMPT = [(7 * n) % 200 + 1 for n in range(30)]
+SCORED = {"model": "tiny", "prompt": PROMPT, "echo": True, "logprobs": 2, "temperature": 0}
+
+
+class FullDevice:
+    """A model with room for ``slots`` sequences, and memory for many rows of logits only while
+    ``free`` is set."""
+
+    def __init__(self, inner: CompiledModel, slots: int) -> None:
+        self.spec, self.limit, self._inner = inner.spec, inner.limit, inner
+        self.room, self.free, self.given = slots, True, 0
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        return self._inner.logits(tokens)
+
+    def slots(self, count: int, capacity: int) -> RecomputingSlots:
+        self.given += count
+        if self.given > self.room:
+            raise BackendError("no memory for another slot")
+        return _Slots(self, count, capacity)
+
+
+class _Slots(RecomputingSlots):
+    def __init__(self, model: FullDevice, count: int, capacity: int) -> None:
+        super().__init__(cast(CompiledModel, model), count, capacity)
+        self._device = model
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        if not self._device.free and any(feed.wanted > 1 for feed in feeds):
+            raise BackendError("the device ran out of memory")
+        return super().feed(feeds)
+
+
+def _full(loaded: LoadedModel, slots: int) -> tuple[LoadedModel, FullDevice]:
+    device = FullDevice(loaded.model, slots)
+    return replace(loaded, model=cast(CompiledModel, device)), device
+
+
+def _token_logprobs(answer: httpx.Response) -> Any:
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["logprobs"]["token_logprobs"]
+
+
+def test_more_than_the_slots_wait_and_get_what_the_model_says(loaded: LoadedModel) -> None:
+    bodies: list[dict[str, Any]] = [
+        SCORED | {"max_tokens": 0},
+        SCORED | {"max_tokens": 12},
+        {"model": "tiny", "prompt": "abc", "max_tokens": 40, "temperature": 0},
+    ] * 3
+
+    async def run() -> list[httpx.Response]:
+        full, _ = _full(loaded, 1)
+        async with serving(full, limits=Limits(slots=1)) as (service, client):
+            found = await asyncio.gather(
+                *(client.post("/v1/completions", json=body) for body in bodies)
+            )
+            assert service.dispatcher.load == 0
+            return found
+
+    answers = asyncio.run(run())
+    assert [answer.status_code for answer in answers] == [200] * 9
+    rows = loaded.model.logits(PROMPT).astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    wanted = [rows[i, token] for i, token in enumerate(PROMPT[1:])]
+    for answer in answers[0::3] + answers[1::3]:
+        found = _token_logprobs(answer)
+        assert found[0] is None
+        np.testing.assert_allclose(found[1:30], wanted, atol=1e-4)
+    assert len({answer.json()["choices"][0]["text"] for answer in answers[1::3]}) == 1
+
+
+def test_memory_that_is_short_for_the_moment_is_503_and_never_ends_the_server(
+    loaded: LoadedModel,
+) -> None:
+    async def run() -> None:
+        full, device = _full(loaded, 1)
+        async with serving(full, limits=Limits(slots=1)) as (service, client):
+            device.free = False
+            refused = await client.post("/v1/completions", json=SCORED | {"max_tokens": 0})
+            assert refused.status_code == 503
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json()["error"]["code"] == "out_of_memory"
+            device.free = True
+            _token_logprobs(await client.post("/v1/completions", json=SCORED))
+            assert service.dispatcher.failure is None
+
+    asyncio.run(run())
+
+
+def test_what_never_fits_is_400(loaded: LoadedModel) -> None:
+    async def run() -> None:
+        async with serving(loaded) as (_, client):
+            body = SCORED | {"prompt": [1] * (CAPACITY + 1), "max_tokens": 0}
+            refused = await client.post("/v1/completions", json=body)
+            assert refused.status_code == 400
+            assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+    asyncio.run(run())
+
+
+def test_who_leaves_gives_the_slot_back(loaded: LoadedModel) -> None:
+    async def run() -> None:
+        full, _ = _full(loaded, 1)
+        async with serving(full, limits=Limits(slots=1)) as (service, client):
+            for _ in range(20):
+                task = asyncio.create_task(
+                    client.post("/v1/completions", json=SCORED | {"max_tokens": 0})
+                )
+                await asyncio.sleep(0.001)
+                task.cancel()
+            _token_logprobs(await client.post("/v1/completions", json=SCORED))
+            assert service.dispatcher.load == 0
+
+    asyncio.run(run())
