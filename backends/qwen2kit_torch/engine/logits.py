@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
+from qwen2kit_torch.engine.memory import bounded_by_memory
 
 
 class DeviceLogits:
-    """Implements `qwen2kit.backend.slots.Logits`.
+    """Implements `qwen2kit.backend.slots.Logits`. All methods raise BackendError if the device is
+    out of memory.
 
     Args:
         logits_NV: in the compute dtype.
@@ -25,6 +27,7 @@ class DeviceLogits:
     def __init__(self, logits_NV: Tensor) -> None:
         self._logits = logits_NV
 
+    @bounded_by_memory
     @torch.inference_mode()
     def greedy(self, limit: int | None) -> list[int]:
         """The most likely id below ``limit`` of each row, the smallest of equals; or `BROKEN`."""
@@ -32,6 +35,7 @@ class DeviceLogits:
         found = torch.stack([ids.double(), best.double()]).cpu().numpy()
         return [int(token) for token in np.where(np.isfinite(found[1]), found[0], BROKEN)]
 
+    @bounded_by_memory
     @torch.inference_mode()
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
         """The ``size`` most likely ids of every row after its edit."""
@@ -51,6 +55,7 @@ class DeviceLogits:
         found = torch.cat([part.double() for part in parts], dim=1).cpu().numpy()
         return _sorted(found, top.shape[1])
 
+    @bounded_by_memory
     @torch.inference_mode()
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Unedited float32 logits ``[len(rows), V]``."""
