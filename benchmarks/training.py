@@ -11,6 +11,7 @@ are appended to the JSON file as they come.
     ours                        as users get it
     ours-rotation, ours-swiglu, ours-norm
                                 without that fused operator (joined by +: without those)
+    ours-products               with cuBLAS's own choice of algorithm for every matrix product
     transformers                SDPA, nothing compiled
     transformers-regional       every decoder layer compiled by itself
     transformers-regional-liger the same, with liger-kernel's linear cross-entropy (no whole logits)
@@ -56,6 +57,7 @@ def ours(arguments: argparse.Namespace, preset_name: str, without: str) -> dict[
         parallel=Degrees(**{key: int(value) for key, value in degrees.items()}),
         recompute=arguments.recompute,
         float8=arguments.float8,
+        tune_products="products" not in without.split("+"),
     )
     backend = TorchBackend()
     execution = ExecutionPlan(dtype="bfloat16", train=plan)
@@ -91,7 +93,8 @@ def leave_out(operators: str) -> None:
         "norm": ("normed", training_kernels.plain_normed),
         "addnorm": ("added_and_normed", training_kernels.plain_added_and_normed),
     }
-    for operator in filter(None, operators.replace("norm", "norm+addnorm").split("+")):
+    named = operators.replace("norm", "norm+addnorm").split("+")
+    for operator in plain.keys() & set(named):
         setattr(network, *plain[operator])
 
 

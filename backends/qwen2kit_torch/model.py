@@ -18,6 +18,7 @@ from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.attention import Attend, visibilities
 from qwen2kit_torch.fused.norm import added_and_normed, normed
+from qwen2kit_torch.fused.products import linear_onto
 from qwen2kit_torch.fused.rotation import rotated_heads
 from qwen2kit_torch.fused.swiglu import swiglu
 from qwen2kit_torch.kv_cache import Cache
@@ -108,14 +109,17 @@ class MLP(nn.Module):
             spec.intermediate_size, spec.hidden_size, device=device, dtype=dtype
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., D] -> [..., D]``."""
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """``[..., D] -> [..., D]``, added to ``onto`` if given."""
         if self.fused:
             inner = swiglu(joint(x, self.gate_proj, self.up_proj))
         else:
             inner = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        out: Tensor = self.down_proj(inner)
-        return out
+        down = self.down_proj
+        if onto is not None and type(down) is Linear and down.tuned:
+            return linear_onto(inner, down.weight, None, onto)
+        out: Tensor = down(inner)
+        return out if onto is None else onto + out
 
 
 class DecoderLayer(nn.Module):
@@ -148,10 +152,10 @@ class DecoderLayer(nn.Module):
             x_BTD, inner = normed(x_BTD, before.weight, before.eps)
             update = self.self_attn(inner, rope, visible, cache)
             x_BTD, inner = added_and_normed(x_BTD, update, after.weight, after.eps)
+            out: Tensor = self.mlp(inner, x_BTD)
         else:
             x_BTD = x_BTD + self.self_attn(before(x_BTD), rope, visible, cache)
-            inner = after(x_BTD)
-        out: Tensor = x_BTD + self.mlp(inner)
+            out = x_BTD + self.mlp(after(x_BTD))
         return out
 
 

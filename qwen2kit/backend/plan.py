@@ -12,6 +12,7 @@ from qwen2kit.errors import ConfigError
 from qwen2kit.plan.degrees import Degrees
 
 Recompute = Literal["none", "selective", "full"]
+TrainAttention = Literal["auto", "sdpa", "flash-attn-4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +66,15 @@ class TrainPlan:
         non_finite: what to do with a NaN/Inf loss or gradient: ``raise`` stops training,
             ``skip`` leaves parameters and optimizer state untouched.
         parallel: processes per mesh axis.
+        attention: whose kernels: the framework's own (``sdpa``), ``flash-attn-4``, or ``auto``:
+            the latter where they are installed and fit.
         recompute: activations thrown away in the forward pass and computed again in the
             backward pass: ``none``, ``selective`` (all but matrix products and attention) or
             ``full`` (all but the layers' inputs).
         compile: compile every decoder layer; None leaves it to the backend (on where it pays).
         float8: compute the layers' matrix products in float8 with per-row scales.
+        tune_products: measure which of cuBLASLt's algorithms computes each matrix product fastest
+            and use it (CUDA, bfloat16, compiled layers).
         adapter: train LoRA adapters instead of the weights.
     """
 
@@ -78,9 +83,11 @@ class TrainPlan:
     loss_chunk_tokens: int = 2048
     non_finite: str = "raise"
     parallel: Degrees = field(default_factory=Degrees)
+    attention: TrainAttention = "auto"
     recompute: Recompute = "none"
     compile: bool | None = None
     float8: bool = False
+    tune_products: bool = True
     adapter: LoRAPlan | None = None
 
 

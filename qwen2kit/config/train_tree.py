@@ -177,7 +177,8 @@ class TrainConfig:
         spike: what to do about a loss far above the recent ones.
         max_skipped: the run stops when more steps than that were left out in a row.
         loss_chunk_tokens: positions per slice of the output head.
-        recompute, float8: as in `TrainPlan`.
+        attention: as in `TrainPlan`.
+        recompute, float8, tune_products: as in `TrainPlan`.
         compile: compile the layers; None leaves it to the backend.
     """
 
@@ -193,9 +194,11 @@ class TrainConfig:
     spike: SpikeConfig = field(default_factory=KeepSpikes)
     max_skipped: int = 20
     loss_chunk_tokens: int = 2048
+    attention: Literal["auto", "sdpa", "flash-attn-4"] = "auto"
     recompute: Literal["none", "selective", "full"] = "none"
     compile: bool | None = None
     float8: bool = False
+    tune_products: bool = True
 
     def __post_init__(self) -> None:
         check(

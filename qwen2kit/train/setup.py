@@ -193,9 +193,11 @@ def execution_plan(config: RunConfig, parallel: Degrees | None = None) -> Execut
             loss_chunk_tokens=train.loss_chunk_tokens,
             non_finite="skip",
             parallel=parallel or Degrees(),
+            attention=train.attention,
             recompute=train.recompute,
             compile=train.compile,
             float8=train.float8,
+            tune_products=train.tune_products,
             adapter=None
             if config.adapter is None
             else LoRAPlan(**asdict(config.adapter), seed=train.seed),

@@ -61,6 +61,7 @@ def build(
     places = stages(spec, mesh.size("pp"))
     place = places[mesh.rank("pp")]
     compiled = device.type == "cuda" if plan.compile is None else plan.compile
+    tuned = plan.tune_products and device.type == "cuda" and dtype == torch.bfloat16
     prune(network, place)
     if plan.adapter is not None:
         add_lora(network, plan.adapter, dtype=dtype)
@@ -71,7 +72,8 @@ def build(
     elif compiled:
         # Without recomputation joined weights would be kept, undivided, for the backward pass.
         _fuse(network, joint=mesh.size("fsdp") == 1 or plan.recompute != "none")
-    arithmetic = Arithmetic(dtype=dtype, loss_chunk_tokens=plan.loss_chunk_tokens)
+        _tune(network, tuned)
+    arithmetic = Arithmetic(dtype=dtype, loss_chunk_tokens=plan.loss_chunk_tokens, tuned=tuned)
     stage = TrainStage(network, place, arithmetic, mesh)
     for layer in stage.layers:
         recompute(layer, plan.recompute, rank=plan.adapter.rank if plan.adapter else None)
@@ -122,6 +124,13 @@ def _fuse(network: Qwen2, *, joint: bool) -> None:
             module.fused = joint and type(module.gate_proj) is Linear
         elif isinstance(module, DecoderLayer):
             module.fused = all(p.requires_grad for p in module.parameters())
+
+
+def _tune(network: Qwen2, tuned: bool) -> None:
+    """Let plain layers that train choose how their products are computed."""
+    for module in network.modules():
+        if type(module) is Linear and module.weight.requires_grad:
+            module.tuned = tuned
 
 
 def _check(plan: TrainPlan) -> None:

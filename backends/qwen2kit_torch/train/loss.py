@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qwen2kit_torch.fused.products import accumulate_, multiply
+
 
 @dataclass(frozen=True, slots=True)
 class VocabShard:
@@ -39,6 +41,7 @@ def linear_cross_entropy(
     chunk: int,
     dtype: torch.dtype,
     vocab: VocabShard | None = None,
+    tuned: bool = False,
 ) -> Tensor:
     """``sum_n -log softmax(hidden @ weight.T)[labels]`` in nats, a float32 scalar.
 
@@ -50,9 +53,10 @@ def linear_cross_entropy(
         chunk: positions whose logits exist at once.
         dtype: of the matrix products; the softmax is always float32.
         vocab: which rows ``weight_VD`` has; None for all.
+        tuned: compute products by `qwen2kit_torch.fused.products`.
     """
     apply: Callable[..., Tensor] = _LinearCrossEntropy.apply
-    return apply(hidden_ND, weight_VD, labels_N, chunk, dtype, vocab)
+    return apply(hidden_ND, weight_VD, labels_N, chunk, dtype, vocab, tuned)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -65,6 +69,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         dtype: torch.dtype,
         vocab: VocabShard | None,
+        tuned: bool,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         weight = weight_VD.to(dtype)
@@ -74,15 +79,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden_ND), chunk):
             part = slice(start, start + chunk)
             hidden = hidden_ND[part].to(dtype)
-            logits = hidden @ weight.T
+            logits = multiply(hidden, weight, turn_b=True) if tuned else hidden @ weight.T
             losses, slope = _losses(
                 logits, labels_N[part], vocab, slope=wants_hidden or wants_weight
             )
             total += losses.sum()
             if grad_hidden is not None:
-                grad_hidden[part] = slope @ weight
+                grad_hidden[part] = multiply(slope, weight) if tuned else slope @ weight
             if wants_weight:
-                grad_weight = _accumulated(grad_weight, slope, hidden)
+                grad_weight = _accumulated(grad_weight, slope, hidden, tuned)
             # Or they would still be there while the next chunk's are made.
             del logits, slope, losses
         if wants_weight and grad_weight is None:
@@ -99,7 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden.mul_(grad_total)
         if grad_weight is not None:
             grad_weight = grad_weight.mul_(grad_total).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _losses(
@@ -139,7 +144,9 @@ def _statistics(
     return peak + both[:, :1].log(), both[:, 1:], inside, column
 
 
-def _accumulated(total_VD: Tensor | None, slope_NV: Tensor, hidden_ND: Tensor) -> Tensor:
+def _accumulated(
+    total_VD: Tensor | None, slope_NV: Tensor, hidden_ND: Tensor, tuned: bool
+) -> Tensor:
     """``total + slope.T @ hidden`` in float32, in place; None is zero, without its bytes."""
     if total_VD is None and slope_NV.dtype == torch.float32:
         return slope_NV.T @ hidden_ND
@@ -151,4 +158,6 @@ def _accumulated(total_VD: Tensor | None, slope_NV: Tensor, hidden_ND: Tensor) -
         return product if total_VD is None else total_VD.add_(product)
     if total_VD is None:
         return torch.mm(slope_NV.T, hidden_ND, out_dtype=torch.float32)
+    if tuned:
+        return accumulate_(total_VD, slope_NV, hidden_ND)
     return torch.addmm(total_VD, slope_NV.T, hidden_ND, out_dtype=torch.float32, out=total_VD)

@@ -27,10 +27,12 @@ class Arithmetic:
     Attributes:
         dtype: of the residual stream and of matrix products.
         loss_chunk_tokens: positions whose logits exist at once.
+        tuned: compute the head's products by the algorithm that measures fastest.
     """
 
     dtype: torch.dtype
     loss_chunk_tokens: int
+    tuned: bool = False
 
 
 def prune(network: Qwen2, place: Stage) -> None:
@@ -147,6 +149,7 @@ class TrainStage(nn.Module):
             chunk=self._arithmetic.loss_chunk_tokens,
             dtype=self._arithmetic.dtype,
             vocab=self._vocab,
+            tuned=self._arithmetic.tuned,
         )
 
     def head_weight(self) -> Tensor:
