@@ -10,6 +10,7 @@ from types import FrameType
 
 from qwen2kit.backend.protocol import DistributedBackend
 from qwen2kit.errors import TrainingError
+from qwen2kit.launch.lifeline import parent_here
 from qwen2kit.train.signals import SIGNALS
 
 
@@ -19,7 +20,8 @@ def run_here(
     """``qwen2kit *arguments`` as ``processes`` processes of one run; their exit code.
 
     The processes report their own failures. They have a session of their own, so that Ctrl-C
-    reaches them once, through this process.
+    reaches them once, through this process. They get SIGTERM when this process is gone, however it
+    went.
 
     Raises:
         TrainingError: one was killed from outside, and could not say so.
@@ -27,7 +29,7 @@ def run_here(
     launcher = backend.launch_command(processes, max_restarts=max_restarts)
     child = subprocess.Popen(
         [*launcher, "-m", "qwen2kit", *arguments],
-        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        env={**os.environ, "PYTHONSAFEPATH": "1", **parent_here()},
         start_new_session=True,
     )
 

@@ -111,6 +111,36 @@ def test_a_killed_team_goes_on(home: Path, undisturbed: dict[str, Any]) -> None:
     check(home, "all", undisturbed)
 
 
+def test_a_killed_command_takes_its_team_along(home: Path, undisturbed: dict[str, Any]) -> None:
+    code, errors = interrupted(home, "command", lambda pid: os.kill(pid, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    assert "Traceback" not in errors
+    ended(home)
+    check(home, "command", undisturbed)
+
+
+def test_a_killed_launcher_takes_its_team_along(home: Path, undisturbed: dict[str, Any]) -> None:
+    def kill_launcher(pid: int) -> None:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert len(children) == 1
+        os.kill(int(children[0]), signal.SIGKILL)
+
+    code, errors = interrupted(home, "launcher", kill_launcher)
+    assert code > 0
+    assert errors.splitlines()[-1].startswith("error: a process was killed")
+    assert "Traceback" not in errors
+    ended(home)
+    check(home, "launcher", undisturbed)
+
+
+def ended(home: Path) -> None:
+    """Wait until no process of a team is left."""
+    deadline = time.monotonic() + 30
+    while processes_of_rank(0, home) or processes_of_rank(1, home):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_a_lost_process_ends_the_others_in_one_line(
     home: Path, undisturbed: dict[str, Any]
 ) -> None:

@@ -103,6 +103,21 @@ def test_a_signal_to_the_command_saves_and_stops(tmp_path: Path) -> None:
     assert workers(run_dir) == []
 
 
+def test_a_killed_command_saves_and_goes_on(whole: dict[int, float], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    process = begin(run_dir, "train.steps=60", "checkpoint.every=0", "--nproc", "2")
+    process.kill()
+    process.communicate(timeout=100)
+    deadline = time.monotonic() + 100
+    while workers(run_dir):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(checkpoints(run_dir)) == 1
+    done = train("--resume", run_dir, "--nproc", "2")
+    assert done.returncode == 0, done.stderr
+    same(losses(run_dir), whole, range(1, 61))
+
+
 def test_an_error_on_all_is_said_once(tmp_path: Path) -> None:
     done = train(
         "tiny", *TINY, "train.lr=1e30", "train.schedule.kind=constant", "train.steps=30",

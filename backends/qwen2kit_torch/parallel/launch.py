@@ -1,8 +1,8 @@
 """``python -m qwen2kit_torch.parallel.launch PROCESSES MAX_RESTARTS -m MODULE ARGUMENTS...``
 
-What ``torchrun --standalone`` does, with three differences that people notice: the processes say
-what went wrong and nothing is added to that, a signal leaves them time to save, and the exit code
-is that of the process that failed by itself.
+What ``torchrun --standalone`` does, with four differences that people notice: the processes say
+what went wrong and nothing is added to that, a signal leaves them time to save, the exit code is
+that of the process that failed by itself, and no process outlives the one that started it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from qwen2kit.errors import PeerError
+from qwen2kit.launch.lifeline import follow_parent, parent_here
 
 # Long enough for a large checkpoint; a scheduler that is less patient kills everything anyway.
 SHUTDOWN_SECONDS = 3600
@@ -37,6 +38,7 @@ def launch(processes: int, max_restarts: int, program: list[str]) -> int:
     """Run ``python *program`` as ``processes`` processes; the exit code for this one."""
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.update(parent_here())
     logging.disable(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
@@ -67,4 +69,5 @@ def root_cause(codes: list[int]) -> int:
 
 
 if __name__ == "__main__":
+    follow_parent()
     sys.exit(launch(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
