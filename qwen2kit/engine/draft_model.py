@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qwen2kit.backend.protocol import CompiledModel
-from qwen2kit.backend.slots import Feed
+from qwen2kit.backend.slots import BROKEN, Feed
 from qwen2kit.engine.acceptance import Acceptance
 from qwen2kit.engine.drafting import Unfinished
 from qwen2kit.engine.drawing import draw_rows
@@ -35,6 +35,7 @@ class _Draft:
         sequence: its place in a slot, once it has one. Shares the request's tokens.
         guess: the last one.
         checked: tokens known to be in the small model's vocabulary.
+        broken: the small model's logits were not finite; it is not asked again.
     """
 
     request: Request
@@ -42,12 +43,14 @@ class _Draft:
     sequence: Sequence | None = None
     guess: tuple[int, ...] = ()
     checked: int = 0
+    broken: bool = False
 
 
 class DraftModel:
     """A `qwen2kit.engine.drafting.Drafter` that runs a model.
 
-    Requests that are too long for it, or hold ids that it does not know, go on without guesses.
+    Requests that are too long for it, or hold ids that it does not know, go on without guesses; so
+    does one for which its logits are NaN or infinite.
 
     Args:
         model: loaded; of the target's tokenizer (`check_same_tokenizer`), its vocabulary may have
@@ -100,6 +103,14 @@ class DraftModel:
         if draft is not None and draft.sequence is not None:
             self._table.leave(draft.sequence, self._steps)
 
+    def _give_up(self, draft: _Draft) -> None:
+        """Ask no more about a request, and leave nothing in its slot that others could feel."""
+        sequence, draft.sequence, draft.broken = draft.sequence, None, True
+        if sequence is not None:
+            self._table.leave(sequence, self._steps)
+            self._table.put(sequence.slot, (), self._steps)
+            self._slots.clear(sequence.slot)
+
     def close(self) -> None:
         """See `Drafter`."""
         self._drafts.clear()
@@ -108,6 +119,8 @@ class DraftModel:
     def _count(self, item: Unfinished) -> int:
         """How many tokens to guess now; a request that is worth it gets a slot."""
         draft = self._drafts[item.key]
+        if draft.broken:
+            return 0
         draft.acceptance.observe(item.tokens)
         self._catch_up(draft, item.tokens)
         count = min(draft.acceptance.length(item.limit), self._slots.capacity - len(item.tokens))
@@ -163,6 +176,8 @@ class DraftModel:
             draft.guess = tuple(tokens[: next(foreign, count)])
             draft.acceptance.remember(draft.guess, item.tokens)
             guesses.append(draft.guess)
+            if BROKEN in tokens[:count]:
+                self._give_up(draft)
         return guesses
 
     def _greedy(self, asked: Many[tuple[Unfinished, int]], limit: int | None) -> list[list[int]]:

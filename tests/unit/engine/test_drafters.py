@@ -13,10 +13,12 @@ from numpy.typing import NDArray
 from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.registry import installed
+from qwen2kit.backend.slots import Feed
 from qwen2kit.engine.constraint import ConstraintCompiler
 from qwen2kit.engine.draft_model import DraftModel, check_same_tokenizer
 from qwen2kit.engine.drafting import Drafter
 from qwen2kit.engine.engine import Engine
+from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.engine.jump_ahead import JumpAhead
 from qwen2kit.engine.prompt_lookup import PromptLookup
 from qwen2kit.engine.request import Request
@@ -25,7 +27,7 @@ from qwen2kit.errors import ConfigError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.train_bbpe import train_bbpe
 from tests.tiny_checkpoint import write_tiny_checkpoint
-from tests.unit.engine.hash_model import VOCAB, EveryThird, HashModel, alone
+from tests.unit.engine.hash_model import VOCAB, EveryThird, HashModel, WatchedSlots, alone
 
 CAPACITY = 40
 SAMPLINGS = {
@@ -55,6 +57,35 @@ class Noisy(HashModel):
         rows = rows + self.noise * random.standard_normal(rows.shape).astype(np.float32)
         extra = np.full((len(rows), self.more), rows.max() - 0.5, np.float32)
         return np.concatenate([rows, extra], axis=1)
+
+
+class Fragile(Noisy):
+    """Says NaN to every text with the token 9 in it; NaN stays in a slot until that is cleared,
+    and is felt by whatever is fed beside it."""
+
+    def slots(self, count: int, capacity: int) -> FragileSlots:
+        self.given.append(FragileSlots(self, count, capacity))
+        return self.given[-1]  # type: ignore[return-value]
+
+
+class FragileSlots(WatchedSlots):
+    """Slots of a `Fragile` model."""
+
+    def __init__(self, model: HashModel, count: int, capacity: int) -> None:
+        super().__init__(model, count, capacity)
+        self.spoilt: set[int] = set()
+
+    def feed(self, feeds: Sequence[Feed]) -> HostLogits:
+        logits = super().feed(feeds)
+        self.spoilt |= {feed.slot for feed in feeds if 9 in self._held[feed.slot]}
+        if not self.spoilt:
+            return logits
+        rows = sum(feed.wanted for feed in feeds)
+        return HostLogits(np.full((rows, VOCAB), np.nan, np.float32))
+
+    def clear(self, slot: int) -> None:
+        super().clear(slot)
+        self.spoilt.discard(slot)
 
 
 def _requests(sampling: Sampling, constrained: bool = False) -> list[Request]:
@@ -88,12 +119,24 @@ def _draft_model(noise: float, more: int = 0, slots: int = 3) -> Callable[[HashM
     )
 
 
+def _fragile(target: HashModel) -> DraftModel:
+    return DraftModel(
+        Fragile(0.0),  # type: ignore[arg-type]
+        target,  # type: ignore[arg-type]
+        slots=3,
+        capacity=CAPACITY,
+        longest=5,
+        cost=0.1,
+    )
+
+
 DRAFTERS: dict[str, Callable[[HashModel], Drafter]] = {
     "lookup": lambda _: PromptLookup(6, shortest_match=1),
     "perfect": _draft_model(0.0),
     "noisy": _draft_model(0.7),
     "one slot": _draft_model(0.3, slots=1),
     "larger vocabulary": _draft_model(0.2, more=8),
+    "fragile": _fragile,
     "jump": lambda _: JumpAhead(PromptLookup(4, shortest_match=1)),
 }
 
@@ -127,6 +170,25 @@ def test_the_same_model_guesses_everything(sampling: Sampling) -> None:
     _, stats = _run(engine, _requests(sampling))
     assert stats.accepted == stats.drafted > 20
     assert stats.steps < stats.generated_tokens / 2
+
+
+@pytest.mark.parametrize("sampling", [SAMPLINGS[n] for n in ("greedy", "sampled")])
+def test_nan_of_the_small_model_ends_guessing_for_its_own_request(sampling: Sampling) -> None:
+    model = HashModel()
+    drafter = _fragile(model)
+    slots = drafter._slots
+    assert isinstance(slots, FragileSlots)
+    prompts = [(5, 9, 7), (5, 6, 8), (1, 2), (9,), (4,)]
+    requests = [Request(prompt, sampling, index) for index, prompt in enumerate(prompts)]
+    engine = Engine(model, slots=1, capacity=CAPACITY, drafter=drafter)  # type: ignore[arg-type]
+    found, stats = _run(engine, requests)
+    for tokens, request in zip(found, requests, strict=True):
+        expected = alone(model, request, CAPACITY - len(request.prompt))
+        assert tokens == [(drawn.token, reason) for drawn, reason in expected]
+    assert stats.accepted > 10
+    assert not slots.spoilt
+    fed = [feed for feeds in slots.fed for feed in feeds]
+    assert sum(9 in feed.tokens for feed in fed) <= len(prompts)
 
 
 def test_a_similar_model_is_right_more_often_with_the_same_random_numbers() -> None:
