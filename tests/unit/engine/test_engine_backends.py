@@ -11,6 +11,7 @@ import pytest
 from qwen2kit.backend.conformance.models import UNTIED, loaded, poisoned_weights
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.slots import BROKEN
+from qwen2kit.engine.draft_model import DraftModel
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.generate import generate
 from qwen2kit.engine.prompt_lookup import PromptLookup
@@ -152,6 +153,27 @@ def test_nan_ends_its_own_request_and_no_other(
             assert mine[-1] == (BROKEN, "error")
         else:
             assert mine == expected[key]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["greedy", "any"])
+def test_nan_of_a_draft_model_changes_nothing(poisoned: CompiledModel, plain: bool) -> None:
+    """It is the sound target's twin otherwise, so that guesses of other requests are right."""
+    target = loaded(NumpyBackend(), SPEC)
+    dice = random.Random(5)
+    requests = [some_request(dice, plain) for _ in range(9)]
+    for key in (0, 4, 5):
+        requests[key] = replace(requests[key], prompt=(*requests[key].prompt[:-1], POISON))
+    drafter = DraftModel(poisoned, target, slots=3, capacity=CAPACITY, longest=4, cost=0.01)
+    with Engine(target, slots=3, capacity=CAPACITY, drafter=drafter) as engine:
+        said: dict[int, list[Any]] = {engine.submit(again(item)): [] for item in requests}
+        while engine.busy:
+            for event in engine.step():
+                said[event.prompt].append((event.token, event.finish_reason))
+    for key, request in enumerate(requests):
+        room = CAPACITY - len(request.prompt)
+        found = alone(target, again(request), room)  # type: ignore[arg-type]
+        assert said[key] == [(drawn.token, reason) for drawn, reason in found]
+    assert engine.stats.accepted > 10
 
 
 def test_generate_says_it_when_the_others_have_ended(poisoned: CompiledModel) -> None:
