@@ -15,8 +15,9 @@ from qwen2kit.backend.protocol import PROTOCOL_VERSION, Capabilities, Device
 from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_mlx.compiled import MLXModel
+from qwen2kit_mlx.cuda_kernels import CUDAKernels
 from qwen2kit_mlx.host_kernels import HostKernels
-from qwen2kit_mlx.kernels import CUDAKernels, Kernels, NativeKernels
+from qwen2kit_mlx.kernels import Kernels, NativeKernels
 from qwen2kit_mlx.packed_columns import CACHE_BITS, GROUP_SIZES, group_size
 from qwen2kit_mlx.weights import BITS, DTYPES
 
@@ -116,5 +117,12 @@ def _kernels(on_cpu: bool) -> Kernels:
     if on_cpu and sys.platform != "darwin":
         return HostKernels()
     if not on_cpu and mx.cuda.is_available():
-        return CUDAKernels(fuse=True)
+        return CUDAKernels(fuse=True, architecture=_architecture())
     return NativeKernels(fuse=not on_cpu)
+
+
+def _architecture() -> str | None:
+    """The GPU's, such as ``sm_90``; None where it lacks what `cuda_source` uses."""
+    info = mx.device_info(mx.Device(mx.gpu))
+    name, major = info.get("architecture"), info.get("compute_capability_major", 0)
+    return name if isinstance(name, str) and isinstance(major, int) and major >= 8 else None

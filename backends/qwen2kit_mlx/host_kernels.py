@@ -44,13 +44,18 @@ class HostKernels(NativeKernels):
         weight: tuple[mx.array, mx.array, mx.array],
         bits: int,
         group_size: int,
+        bias: mx.array | None = None,
+        onto: mx.array | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear`; several rows are cheaper with the weight unpacked once."""
         packed, scales, biases = weight[0], _wide(weight[1]), _wide(weight[2])
         if x.size <= 2 * x.shape[-1]:
             wide = (packed, scales, biases)
-            return super().affine_linear(_wide(x), wide, bits, group_size).astype(x.dtype)
-        return self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits).T, None)
+            y = super().affine_linear(_wide(x), wide, bits, group_size).astype(x.dtype)
+        else:
+            y = self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits).T, None)
+        y = y if bias is None else y + bias
+        return y if onto is None else onto + y
 
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask

@@ -26,12 +26,15 @@ class Kernels(Protocol):
         pads: whether attention is prepared anew for every shape, so that shapes should repeat.
         stacks: whether matrices that read the same input are worth merging into one (fewer
             launches), at the price of another copy at load time.
+        paces: whether results of a large pass pile up unless its later layers wait for earlier
+            ones.
     """
 
     lazy: bool
     compiles: bool
     pads: bool
     stacks: bool
+    paces: bool
 
     def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
         """``x @ weight + added``: ``[N, in]``, ``[in, out]`` (transposed in memory), and
@@ -44,8 +47,15 @@ class Kernels(Protocol):
         weight: tuple[mx.array, mx.array, mx.array],
         bits: int,
         group_size: int,
+        bias: mx.array | None = None,
+        onto: mx.array | None = None,
     ) -> mx.array:
-        """``x @ w.T`` with ``w`` packed as (values, scales, biases) in MLX affine quantisation."""
+        """``x @ w.T + bias + onto`` with ``w`` packed as (values, scales, biases) in MLX affine
+        quantisation, ``bias`` ``[out]`` and ``onto`` ``[N, out]``."""
+        ...
+
+    def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+        """Such packed weights, with scales of ``dtype``, will be multiplied soon."""
         ...
 
     def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
@@ -80,6 +90,7 @@ class NativeKernels:
     lazy = True
     pads = False
     stacks = True
+    paces = False
 
     def __init__(self, *, fuse: bool) -> None:
         self.compiles = fuse
@@ -95,12 +106,19 @@ class NativeKernels:
         weight: tuple[mx.array, mx.array, mx.array],
         bits: int,
         group_size: int,
+        bias: mx.array | None = None,
+        onto: mx.array | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear`."""
         packed, scales, biases = weight
-        return mx.quantized_matmul(
+        y = mx.quantized_matmul(
             x, packed, scales, biases, transpose=True, group_size=group_size, bits=bits
         )
+        y = y if bias is None else y + bias
+        return y if onto is None else onto + y
+
+    def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+        """See `Kernels.expect`; nothing needs preparing."""
 
     def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
         """See `Kernels.swiglu`."""
@@ -116,38 +134,6 @@ class NativeKernels:
     ) -> mx.array:
         """See `Kernels.attention`."""
         return mx.fast.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, scale=scale, mask=mask)
-
-
-class CUDAKernels(NativeKernels):
-    """MLX alone, along the paths where its CUDA build is fast.
-
-    A product of one row has a matrix-vector kernel if nothing is added to it, and goes through
-    cuBLAS otherwise. Attention with a mask has a kernel (cuDNN) for masks that are added and for
-    more than one query; cuDNN plans once per shape.
-    """
-
-    pads = True
-
-    def linear(self, x: mx.array, weight: mx.array, added: mx.array | None) -> mx.array:
-        """See `Kernels.linear`."""
-        if added is not None and x.shape[0] == 1:
-            return x @ weight + added
-        return super().linear(x, weight, added)
-
-    def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
-        """See `Kernels.mask`."""
-        return mx.where(visible, 0.0, -mx.inf).astype(dtype)
-
-    def attention(
-        self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
-    ) -> mx.array:
-        """See `Kernels.attention`; query heads that share keys become queries of one head."""
-        rows, heads, queries, width = q_BHTC.shape
-        if queries > 1 or not isinstance(mask, mx.array):
-            return super().attention(q_BHTC, k_BKSC, v_BKSC, scale, mask)
-        q_BKGC = q_BHTC.reshape(rows, k_BKSC.shape[1], -1, width)
-        out = super().attention(q_BKGC, k_BKSC, v_BKSC, scale, mask)
-        return out.reshape(rows, heads, 1, width)
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -68,11 +68,12 @@ class Affine:
     ) -> None:
         self.kernels, self.weight, self.bias = kernels, weight, bias
         self.bits, self.group_size = bits, group_size
+        kernels.expect(bits, group_size, weight[1].dtype)
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
-        y = self.kernels.affine_linear(x, self.weight, self.bits, self.group_size)
-        y = y if self.bias is None else y + self.bias
-        return y if onto is None else onto + y
+        return self.kernels.affine_linear(
+            x, self.weight, self.bits, self.group_size, self.bias, onto
+        )
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""

@@ -87,11 +87,16 @@ class Decoder:
             trace.append(x_ND)
         steps = self._compiled if self._compiled and x_ND.shape[0] <= FEW else self._between
         stacked = stacked_heads(self.params.layers[0], x_ND, self.spec.rms_norm_eps)
+        paced, before = self.kernels.paces and x_ND.shape[0] > FEW, x_ND
         for index, between in enumerate(steps):
             heads_BTGC = stacked.reshape(rows, count, -1, self.spec.head_dim)
             x_ND, stacked = between(x_ND, attend(index, heads_BTGC))
             if trace is not None:
                 trace.append(x_ND)
+            if paced:
+                mx.async_eval(x_ND, stacked)  # type: ignore[no-untyped-call]
+                mx.eval(before)
+                before = x_ND
         return x_ND
 
     def final_norm(self, x: mx.array) -> mx.array:

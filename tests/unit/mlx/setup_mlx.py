@@ -17,8 +17,9 @@ from qwen2kit.spec.model import (
 from qwen2kit.weights.source import AffineTensor, MemorySource, TensorInfo, WeightSource
 from qwen2kit.weights.tensor import HostTensor, from_numpy
 from qwen2kit_mlx.compiled import MLXModel
+from qwen2kit_mlx.cuda_kernels import CUDAKernels
 from qwen2kit_mlx.host_kernels import HostKernels
-from qwen2kit_mlx.kernels import CUDAKernels, Kernels, NativeKernels
+from qwen2kit_mlx.kernels import Kernels, NativeKernels
 from tests.conftest import small_spec
 
 KERNELS: dict[str, Kernels] = {

@@ -12,7 +12,7 @@ from qwen2kit.engine.recompute import RecomputingSlots  # noqa: E402
 from qwen2kit.errors import BackendError, WeightError  # noqa: E402
 from qwen2kit.weights.tensor import from_numpy  # noqa: E402
 from qwen2kit_mlx.compiled import MLXModel  # noqa: E402
-from qwen2kit_mlx.kernels import CUDAKernels  # noqa: E402
+from qwen2kit_mlx.cuda_kernels import CUDAKernels  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
 from tests.unit.mlx.setup_mlx import KERNELS, SPECS, model  # noqa: E402
 

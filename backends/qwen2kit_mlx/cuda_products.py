@@ -1,0 +1,170 @@
+"""Products with packed weights on CUDA: our own kernel for few rows, a dense product for many.
+
+MLX 0.32 has a matrix-vector kernel for fewer than 8 rows, which leaves most of an H100's memory
+bandwidth unused (140 tokens/s of a 4-bit 7B model, where reading its weights takes a quarter of
+that time), and for more rows kernels that it compiles with CUTLASS when they are first needed,
+for every tile size, dtype and format. Here up to `MOST` rows go through `cuda_source`, which reads
+the weights once for 32 rows; more are multiplied with the dequantised weight.
+
+Shape suffixes as in `kernels`: N rows, in and out widths.
+"""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+import mlx.core as mx
+
+from qwen2kit_mlx.cuda_compile import CompileError, cubin
+from qwen2kit_mlx.cuda_source import PRIMITIVES, PRODUCT
+
+BITS: Final = (4, 8)
+DTYPES: Final = (mx.bfloat16, mx.float16)
+STEP: Final = 128
+"""Inputs the kernel takes at a time; their number must be a multiple."""
+MOST: Final = 128
+"""Rows up to which reading packed weights again and again costs less than dequantising them."""
+FEW: Final = 8
+"""Rows below which MLX's own product with packed weights is the best it has."""
+DENSE_BYTES: Final = 160 << 20
+"""Most that is dequantised at a time."""
+
+Packed = tuple[mx.array, mx.array, mx.array]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a kernel divides its work; see `cuda_source`.
+
+    Attributes:
+        tokens: rows of the input per thread block, in eights.
+        outputs: outputs per thread block, in sixteens.
+        warps: among which the inputs are shared out. The same for every number of rows, or a
+            row's result would depend on how many there are.
+        ahead: chunks that are loaded before any is multiplied.
+    """
+
+    tokens: int
+    outputs: int
+    warps: int = 8
+    ahead: int = 2
+
+
+def tiles(rows: int) -> Tiles:
+    """What serves a product of so many rows."""
+    if rows <= 8:
+        return Tiles(tokens=1, outputs=1, ahead=4)
+    if rows <= 16:
+        return Tiles(tokens=2, outputs=1)
+    return Tiles(tokens=4, outputs=2, ahead=1)
+
+
+def fits(width: int, bits: int, dtype: mx.Dtype) -> bool:
+    """Whether the kernel takes weights of ``width`` inputs in this format."""
+    return bits in BITS and dtype in DTYPES and width % STEP == 0
+
+
+class PackedProduct:
+    """The kernel, compiled in the background when it is first asked for.
+
+    Args:
+        architecture: of the GPU, such as ``sm_90``.
+    """
+
+    def __init__(self, architecture: str) -> None:
+        self._architecture = architecture
+        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvrtc")
+        self._made: dict[str, Future[bytes]] = {}
+        self._broken = False
+
+    def prepare(self, bits: int, group_size: int, dtype: mx.Dtype, rows: int) -> None:
+        """Have the kernel for such products ready soon."""
+        self._code(bits, group_size, dtype, tiles(rows))
+
+    def __call__(
+        self,
+        x: mx.array,
+        weight: Packed,
+        bits: int,
+        group_size: int,
+        bias: mx.array | None,
+        onto: mx.array | None,
+        how: Tiles | None = None,
+    ) -> mx.array | None:
+        """``x @ w.T + bias + onto``, rounded once; None if the kernel does not compile here.
+
+        Args:
+            x: ``[N, in]``; in is a multiple of `STEP`.
+            weight: values, scales and biases; see `fits`.
+            bias: ``[out]``.
+            onto: ``[N, out]``.
+            how: tiles; those of `tiles` if None.
+        """
+        rows, width = x.shape
+        out = weight[0].shape[0]
+        how = how or tiles(rows)
+        name, code = self._code(bits, group_size, x.dtype, how)
+        binary = self._wait(code)
+        if binary is None:
+            return None
+        absent = weight[1]
+        inputs = [x, *weight, absent if bias is None else bias, absent if onto is None else onto]
+        blocks = -(-out // (16 * how.outputs)), -(-rows // (8 * how.tokens))
+        threads = 32 * how.warps
+        (found,) = mx.fast.precompiled_cuda_kernel(
+            name=name,
+            compiled_source=binary,
+            inputs=inputs,
+            output_shapes=[(rows, out)],
+            output_dtypes=[x.dtype],
+            scalars=[rows, out, width, int(bias is not None), int(onto is not None)],
+            grid=(blocks[0] * threads, blocks[1], 1),
+            threadgroup=(threads, 1, 1),
+            ensure_row_contiguous=True,
+        )
+        return found
+
+    def _code(
+        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles
+    ) -> tuple[str, Future[bytes]]:
+        wide = dtype == mx.bfloat16
+        macros = {
+            "BITS": bits,
+            "GROUP": group_size,
+            "BF16": int(wide),
+            "TILES": how.tokens,
+            "ROWS": how.outputs,
+            "WARPS": how.warps,
+            "AHEAD": how.ahead,
+        }
+        name = "packed_product_" + "_".join(map(str, macros.values()))
+        if name not in self._made:
+            given = {"NAME": name} | {key: str(value) for key, value in macros.items()}
+            self._made[name] = self._compiler.submit(
+                cubin, PRIMITIVES + PRODUCT, self._architecture, given
+            )
+        return name, self._made[name]
+
+    def _wait(self, code: Future[bytes]) -> bytes | None:
+        try:
+            return code.result()
+        except CompileError as error:
+            if not self._broken:
+                warnings.warn(f"packed weights are multiplied by MLX: {error}", stacklevel=2)
+            self._broken = True
+            return None
+
+
+def dense_parts(out: int, width: int, size: int) -> list[slice]:
+    """Output rows that are dequantised together, in about equal parts of `DENSE_BYTES` at most.
+
+    Args:
+        out, width: of the weight.
+        size: bytes of a number.
+    """
+    count = -(-out * width * size // DENSE_BYTES)
+    step = -(-out // (count * STEP)) * STEP
+    return [slice(start, min(start + step, out)) for start in range(0, out, step)]

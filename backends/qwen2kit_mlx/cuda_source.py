@@ -1,0 +1,250 @@
+"""CUDA C++ of the product with packed weights (see `cuda_products`).
+
+`PRIMITIVES` is what needs a GPU: loads, packed arithmetic and the tensor-core product. `PRODUCT`
+is plain C++ on top of it, so that a test can run it on a CPU. Neither includes a header, which is
+what makes compiling them a matter of a tenth of a second.
+
+Defined from outside: ``NAME``; ``BITS`` 4 or 8; ``GROUP`` 32, 64 or 128; ``BF16`` 1 or 0 (float16);
+``TILES`` blocks of 8 tokens; ``ROWS`` blocks of 16 outputs; ``WARPS`` that share the inputs of a
+thread block; ``AHEAD`` chunks a warp loads before it multiplies.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+PRIMITIVES: Final = r"""
+typedef unsigned int u32;
+typedef unsigned short u16;
+
+__device__ __forceinline__ uint4 load_once(const uint4* from) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  return v;
+}
+__device__ __forceinline__ uint4 load_often(const uint4* from) { return __ldg(from); }
+__device__ __forceinline__ u32 load_half(const u16* from) { return __ldg(from); }
+
+__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
+__device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
+
+#if BF16
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ u32 pack2(float low, float high) {
+  u32 d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+__device__ __forceinline__ float widen(u16 h) { return __uint_as_float((u32)h << 16); }
+__device__ __forceinline__ u16 narrow(float f) {
+  u16 h;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+#else
+__device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ __forceinline__ float widen(u16 h) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+  return f;
+}
+__device__ __forceinline__ u16 narrow(float f) {
+  u16 h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+  return h;
+}
+#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32"
+#endif
+
+__device__ __forceinline__ void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+  asm(MMA " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+"""
+
+PRODUCT: Final = r"""
+#if BF16
+#define SMALL 0x43004300u  /* 128: a nibble in the lowest bits adds its value */
+#define MINUS_SMALL 0xC300C300u
+#define ONE 0x3F803F80u
+#else
+#define SMALL 0x64006400u  /* 1024: so does a byte */
+#define MINUS_SMALL 0xE400E400u
+#define ONE 0x3C003C00u
+#endif
+#define CHUNK (512 / BITS)    /* inputs that four threads read of a row with one load each */
+#define PIECE (128 / BITS)    /* inputs of one thread among them: within one group */
+#define TOKENS (8 * TILES)
+#define OUTPUTS (16 * ROWS)
+#define PITCH (OUTPUTS + 4)   /* without bank conflicts */
+
+/* Weights of word ``w`` in pairs: 4 bits (0,4) (1,5) (2,6) (3,7); 8 bits (0,1) (2,3). */
+__device__ __forceinline__ void unpack(u32 w, u32 scale, u32 bias, u32 (&out)[16 / BITS]) {
+#if BITS == 4
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    u32 whole = fma2(((w >> (4 * i)) & 0x000F000Fu) | SMALL, ONE, MINUS_SMALL);
+    out[i] = fma2(whole, scale, bias);
+  }
+#elif BF16
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {  /* 2**23 + byte in float32: bfloat16 is too narrow for the trick */
+    float low = as_float(bytes(w, 0x4B000000u, 0x7440u + 2 * i)) - 8388608.0f;
+    float high = as_float(bytes(w, 0x4B000000u, 0x7441u + 2 * i)) - 8388608.0f;
+    out[i] = fma2(pack2(low, high), scale, bias);
+  }
+#else
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    u32 whole = fma2(bytes(w, 0x64646464u, i ? 0x4342u : 0x4140u), ONE, MINUS_SMALL);
+    out[i] = fma2(whole, scale, bias);
+  }
+#endif
+}
+
+/* out[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ onto[M, N]).
+
+   A thread block computes OUTPUTS columns of TOKENS rows. Its warps take every WARPS-th chunk of
+   the inputs each and add up through shared memory in a fixed order: a row's result depends
+   neither on the other rows nor on TILES or ROWS. Weights are the left operand of the tensor cores
+   (rows g, g + 8 of thread 4 g + t), tokens the right one (column g); which of the 16 inputs of
+   one product stands where is free as long as both sides agree. */
+extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(
+    const u16* x, const u32* w, const u16* scales, const u16* biases, const u16* bias,
+    const u16* onto, u16* out, int M, int N, int K, int has_bias, int has_onto) {
+  __shared__ float part[WARPS * TOKENS * PITCH];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int first_n = blockIdx.x * OUTPUTS, first_m = blockIdx.y * TOKENS;
+  const int chunks = K / CHUNK, groups = K / GROUP;
+
+  const uint4* weights[ROWS][2];
+  int at_group[ROWS][2];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      int n = min(first_n + 16 * r + 8 * h + g, N - 1);
+      weights[r][h] = (const uint4*)(w + (unsigned long long)n * (K * BITS / 32)) + t;
+      at_group[r][h] = n * groups;
+    }
+  const uint4* tokens[TILES];
+  bool there[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) {
+    int m = first_m + 8 * i + g;
+    there[i] = m < M;
+    tokens[i] = (const uint4*)(x + (unsigned long long)min(m, M - 1) * K + t * PIECE);
+  }
+
+  float sum[ROWS][TILES][4];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sum[r][i][e] = 0.0f;
+
+  for (int start = warp; start < chunks; start += WARPS * AHEAD) {
+    uint4 packed[AHEAD][ROWS][2];
+    u32 scale[AHEAD][ROWS][2], shift[AHEAD][ROWS][2];
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {
+      int chunk = start + a * WARPS;
+      if (chunk < chunks) {
+        int group = (chunk * CHUNK + t * PIECE) / GROUP;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            packed[a][r][h] = load_once(weights[r][h] + chunk * 4);
+            scale[a][r][h] = load_half(scales + at_group[r][h] + group);
+            shift[a][r][h] = load_half(biases + at_group[r][h] + group);
+          }
+      }
+    }
+#pragma unroll
+    for (int a = 0; a < AHEAD; ++a) {
+      int chunk = start + a * WARPS;
+      if (chunk >= chunks) break;
+      u32 right[TILES][BITS == 4 ? 4 : 2][4];  /* this thread's inputs, PIECE per tile */
+#pragma unroll
+      for (int i = 0; i < TILES; ++i)
+#pragma unroll
+        for (int j = 0; j < PIECE / 8; ++j) {
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (there[i]) v = load_often(tokens[i] + chunk * (CHUNK / 8) + j);
+#if BITS == 4
+          right[i][j][0] = bytes(v.x, v.z, 0x5410);
+          right[i][j][1] = bytes(v.x, v.z, 0x7632);
+          right[i][j][2] = bytes(v.y, v.w, 0x5410);
+          right[i][j][3] = bytes(v.y, v.w, 0x7632);
+#else
+          right[i][j][0] = v.x, right[i][j][1] = v.y, right[i][j][2] = v.z, right[i][j][3] = v.w;
+#endif
+        }
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) {
+        u32 s0 = bytes(scale[a][r][0], 0, 0x1010), b0 = bytes(shift[a][r][0], 0, 0x1010);
+        u32 s1 = bytes(scale[a][r][1], 0, 0x1010), b1 = bytes(shift[a][r][1], 0, 0x1010);
+        const u32 upper[4] = {packed[a][r][0].x, packed[a][r][0].y, packed[a][r][0].z,
+                              packed[a][r][0].w};
+        const u32 lower[4] = {packed[a][r][1].x, packed[a][r][1].y, packed[a][r][1].z,
+                              packed[a][r][1].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          u32 up[16 / BITS], low[16 / BITS];
+          unpack(upper[j], s0, b0, up);
+          unpack(lower[j], s1, b1, low);
+#pragma unroll
+          for (int p = 0; p < 16 / BITS; p += 2) {
+            const u32 left[4] = {up[p], low[p], up[p + 1], low[p + 1]};
+#pragma unroll
+            for (int i = 0; i < TILES; ++i) {
+#if BITS == 4
+              multiply_add(sum[r][i], left, right[i][j][p], right[i][j][p + 1]);
+#else
+              multiply_add(sum[r][i], left, right[i][j / 2][2 * (j % 2)],
+                           right[i][j / 2][2 * (j % 2) + 1]);
+#endif
+            }
+          }
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+    for (int i = 0; i < TILES; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        int m = 8 * i + 2 * t + (e & 1), n = 16 * r + g + 8 * (e >> 1);
+        part[(warp * TOKENS + m) * PITCH + n] = sum[r][i][e];
+      }
+  __syncthreads();
+  const int count = min(TOKENS, M - first_m) * OUTPUTS;
+  for (int i = threadIdx.x; i < count; i += 32 * WARPS) {
+    int m = i / OUTPUTS, n = i % OUTPUTS;
+    if (first_n + n >= N) continue;
+    float total = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) total += part[(k * TOKENS + m) * PITCH + n];
+    unsigned long long place = (unsigned long long)(first_m + m) * N + first_n + n;
+    if (has_bias) total += widen(bias[first_n + n]);
+    if (has_onto) total += widen(onto[place]);
+    out[place] = narrow(total);
+  }
+}
+"""
