@@ -10,7 +10,7 @@ mx = pytest.importorskip("mlx.core")
 from qwen2kit.backend.slots import Feed  # noqa: E402
 from qwen2kit_mlx.compiled import MLXModel  # noqa: E402
 from qwen2kit_mlx.cuda_kernels import CUDAKernels  # noqa: E402
-from qwen2kit_mlx.cuda_products import MOST  # noqa: E402
+from qwen2kit_mlx.cuda_products import BITS, MOST  # noqa: E402
 from qwen2kit_mlx.host_kernels import HostKernels  # noqa: E402
 from qwen2kit_mlx.kernels import Kernels, NativeKernels  # noqa: E402
 from tests.conftest import random_weights, small_spec  # noqa: E402
@@ -42,6 +42,7 @@ def wide(array: mx.array) -> np.ndarray:
 def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int) -> None:
     dtype = getattr(mx, name)
     step = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}[name]
+    loose = 1 if bits in BITS else 8  # MLX adds up in 16 bits
     for width, out in WIDTHS:
         packed = mx.quantize(normal(out, width, dtype=dtype) * 0.1, group, bits)
         exact = packed[0], *(part.astype(mx.float32) for part in packed[1:])
@@ -52,7 +53,8 @@ def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int)
             got = kernels.affine_linear(x, packed, bits, group, bias, onto)
             expected = wide(x) @ dense.T + wide(bias) + wide(onto)
             gap = np.abs(wide(got) - expected)
-            allowed = step * (np.abs(expected) + 2 * np.sqrt(width) * np.abs(dense).max() + 1)
+            terms = np.abs(expected) + np.abs(wide(bias)) + np.abs(wide(onto))
+            allowed = loose * step * (terms + 2 * np.sqrt(width) * np.abs(dense).max())
             assert got.dtype == dtype
             assert (gap < allowed).all(), (width, out, rows, gap.max())
 
