@@ -42,19 +42,21 @@ def wide(array: mx.array) -> np.ndarray:
 def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int) -> None:
     dtype = getattr(mx, name)
     step = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-19}[name]
-    loose = 1 if bits in BITS else 8  # MLX adds up in 16 bits
+    counts = (1, 2, 5, 8, 9, 16, 17, 40, MOST + 1)
+    if dtype != mx.float32 and bits not in BITS:
+        counts = counts[3:]  # fewer rows are MLX's, which adds up in 16 bits
     for width, out in WIDTHS:
         packed = mx.quantize(normal(out, width, dtype=dtype) * 0.1, group, bits)
         exact = packed[0], *(part.astype(mx.float32) for part in packed[1:])
         dense = wide(mx.dequantize(*exact, group_size=group, bits=bits))
         bias = normal(out, dtype=dtype)
-        for rows in (1, 2, 5, 8, 9, 16, 17, 40, MOST + 1):
+        for rows in counts:
             x, onto = normal(rows, width, dtype=dtype), normal(rows, out, dtype=dtype)
             got = kernels.affine_linear(x, packed, bits, group, bias, onto)
             expected = wide(x) @ dense.T + wide(bias) + wide(onto)
             gap = np.abs(wide(got) - expected)
             terms = np.abs(expected) + np.abs(wide(bias)) + np.abs(wide(onto))
-            allowed = loose * step * (terms + 2 * np.sqrt(width) * np.abs(dense).max())
+            allowed = step * (terms + 2 * np.sqrt(width) * np.abs(dense).max())
             assert got.dtype == dtype
             assert (gap < allowed).all(), (width, out, rows, gap.max())
 
