@@ -29,6 +29,8 @@ from qwen2kit_mlx.model import LayerParams, ModelParams
 BITS = (2, 3, 4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+LOADED_BYTES = 256 << 20
+"""What is read together: one wait for each such portion, and at most two of them in two copies."""
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 
@@ -67,7 +69,7 @@ class WeightLoader:
         self.tensors = self.bytes = 0
 
     def load(self, weights: WeightSource) -> ModelParams:
-        """Build all parameters; a layer is read while the one before it is stacked.
+        """Build all parameters; some layers are read while those before them are stacked.
 
         An adapter is kept beside the matrices it updates, not merged into them.
 
@@ -87,14 +89,15 @@ class WeightLoader:
         head = embed if self._spec.tie_word_embeddings else self._single(weights, LM_HEAD)
         norm = self._vector(weights, FINAL_NORM)
         layers: list[LayerParams] = []
-        before = [*embed.arrays(), *head.arrays(), norm]
+        before, arrays = [*embed.arrays(), *head.arrays(), norm], list[mx.array]()
         for modules in by_layer.values():
             layers.append(self._layer(weights, modules))
-            arrays = _arrays(layers[-1])
-            mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-            mx.eval(before)
-            before = arrays
-        mx.eval(before)
+            arrays += _arrays(layers[-1])
+            if sum(array.nbytes for array in arrays) >= LOADED_BYTES:
+                mx.async_eval(arrays)  # type: ignore[no-untyped-call]
+                mx.eval(before)
+                before, arrays = arrays, []
+        mx.eval(before, arrays)
         return ModelParams(embed=embed, layers=tuple(layers), norm=norm, head=head)
 
     def export(self, device: mx.Device) -> Iterator[tuple[str, HostTensor]]:
