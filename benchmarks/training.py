@@ -11,6 +11,7 @@ are appended to the JSON file as they come.
     ours                        as users get it
     ours-rotation, ours-swiglu, ours-norm
                                 without that fused operator (joined by +: without those)
+    ours-flash                  with SDPA even where flash-attn-4 is installed
     ours-products               with cuBLAS's own choice of algorithm for every matrix product
     transformers                SDPA, nothing compiled
     transformers-regional       every decoder layer compiled by itself
@@ -57,6 +58,7 @@ def ours(arguments: argparse.Namespace, preset_name: str, without: str) -> dict[
         parallel=Degrees(**{key: int(value) for key, value in degrees.items()}),
         recompute=arguments.recompute,
         float8=arguments.float8,
+        attention="sdpa" if "flash" in without.split("+") else "auto",
         tune_products="products" not in without.split("+"),
     )
     backend = TorchBackend()
@@ -78,6 +80,8 @@ def ours(arguments: argparse.Namespace, preset_name: str, without: str) -> dict[
             step()
     found["losses"] = [round(loss, 4) for loss in losses]
     found["processes"] = processes.world
+    flash = model._cut.flash  # type: ignore[attr-defined]
+    found["attention"] = "flash-attn-4" if flash else "sdpa"
     return found
 
 

@@ -1,11 +1,11 @@
-"""The elementwise pieces of a training step alone: milliseconds, and bytes per second.
+"""The elementwise pieces of a training step, and attention, alone: milliseconds, bytes per second.
 
     python benchmarks/training_kernels.py --preset qwen2-0.5b --rows 8 --json out.json
 
 Each of our kernels beside the same mathematics by torch.compile, at the shapes of one micro-batch
 of one layer, bfloat16; norms and the loss kernel (on 8,192 positions) in several launches. Times
 are those of the kernels on the device alone. Bytes are those that must pass at least: what is read
-and written once.
+and written once. Attention is FlashAttention 4 where it is installed, beside torch's.
 """
 
 from __future__ import annotations
@@ -149,6 +149,82 @@ def both_ways(name: str, function: Any, x: Any, forward_bytes: int) -> Iterator[
     yield f"{name} backward", backward, again + written + x.nbytes
 
 
+def attention(arguments: argparse.Namespace) -> Iterator[Piece]:
+    """Attention of whole rows and of eight documents a row, forward and backward."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.attention import Visibility
+    from qwen2kit_torch.train.flash import FlashAttend, takes_flash
+
+    spec = preset(arguments.preset)
+    counts = (spec.num_attention_heads, *[spec.num_key_value_heads] * 2)
+    inputs = [
+        torch.randn(
+            (arguments.rows, arguments.seq_len, count, spec.head_dim),
+            device="cuda",
+            dtype=torch.bfloat16,
+            requires_grad=True,
+        )
+        for count in counts
+    ]
+    installed = takes_flash("auto", torch.device("cuda"), torch.bfloat16, spec.head_dim)
+    if installed:
+        yield from attended("whole rows flash-attn-4", FlashAttend(None), inputs)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        yield from attended("whole rows cuDNN", Visibility(None, causal=True), inputs)
+    if installed:
+        yield from attended("packed flash-attn-4", packed(arguments, flash=True), inputs)
+    yield from attended("packed torch", packed(arguments, flash=False), inputs)
+
+
+def packed(arguments: argparse.Namespace, *, flash: bool) -> Any:
+    """Attention within the documents of rows that hold eight each, of random lengths."""
+    import numpy as np
+    import torch
+
+    from qwen2kit_torch.train.batch import Cutting
+
+    rng = np.random.default_rng(0)
+    ends = rng.integers(0, arguments.seq_len, (arguments.rows, 1, 7))
+    documents = (np.arange(arguments.seq_len)[:, None] >= ends).sum(-1).astype(np.int32)
+    device = torch.device("cuda")
+    cut = Cutting(rows=arguments.rows, device=device, windows=(None,), varlen=True, flash=flash)
+    return cut._segments(documents)[None]
+
+
+def attended(name: str, attend: Any, inputs: list[Any]) -> Iterator[Piece]:
+    """Attention to ``[B, T, heads, C]`` and its backward pass, as it is and deterministic."""
+    import torch
+
+    def forward() -> Any:
+        return attend(*(x.transpose(1, 2) for x in inputs))
+
+    def blindly() -> None:
+        with torch.no_grad():
+            forward()
+
+    out = forward()
+    slope = torch.randn_like(out)
+
+    def backward() -> None:
+        torch.autograd.grad(out, inputs, slope, retain_graph=True)
+
+    def exactly() -> None:
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+        try:
+            backward()
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    size = sum(x.nbytes for x in (*inputs, out))
+    yield f"attention {name} forward", blindly, size
+    yield f"attention {name} backward", backward, 2 * size
+    yield f"attention {name} deterministic backward", exactly, 2 * size
+
+
 def loss(arguments: argparse.Namespace) -> Iterator[Piece]:
     """Cross-entropy and its gradient, in several launches."""
     import torch
@@ -189,7 +265,13 @@ def measure(run: Callable[[], Any]) -> float:
     return sum(event.time_range.elapsed_us() for event in kernels) / REPEATS / 1e3
 
 
-SECTIONS = {"rotation": rotation, "swiglu": swiglu, "norm": norm, "loss": loss}
+SECTIONS = {
+    "rotation": rotation,
+    "swiglu": swiglu,
+    "norm": norm,
+    "attention": attention,
+    "loss": loss,
+}
 
 
 def main() -> None:

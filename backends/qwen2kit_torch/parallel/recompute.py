@@ -33,7 +33,12 @@ _KEPT = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_gather_into_tensor.default,
 }
-_KEPT_BY_NAME = ("torch_attn._varlen_attn", "qwen2kit.flash_attention", "qwen2kit.nf4_linear", "qwen2kit.linear")
+_KEPT_BY_NAME = (
+    "torch_attn._varlen_attn",
+    "qwen2kit.flash_attention",
+    "qwen2kit.nf4_linear",
+    "qwen2kit.linear",
+)
 
 
 def recompute(layer: DecoderLayer, mode: Recompute, *, rank: int | None = None) -> None:

@@ -20,6 +20,7 @@ from qwen2kit_torch.parallel.context import (
     gathered_positions,
     positions_of,
 )
+from qwen2kit_torch.train.flash import FlashAttend
 from qwen2kit_torch.train.segments import VarlenAttend, segments
 
 
@@ -56,6 +57,7 @@ class Cutting:
             processes count on equal shapes; otherwise trailing padding and micro-batches
             without supervised tokens are left out.
         varlen: use flash attention's varlen kernels for packed rows, not masks.
+        flash: use FlashAttention 4 for whole and, with ``varlen``, for packed rows.
         cp: the context-parallel group, None without.
     """
 
@@ -64,6 +66,7 @@ class Cutting:
     windows: tuple[int | None, ...]
     fixed: bool = False
     varlen: bool = False
+    flash: bool = False
     cp: dist.ProcessGroup | None = None
 
     def __call__(self, batch: TokenBatch) -> Iterator[MicroBatch]:
@@ -113,7 +116,7 @@ class Cutting:
 
     def _visible(self, documents: NDArray[np.int32], plain: bool) -> dict[int | None, Attend]:
         if plain and self.cp is None:
-            visible = self._masks(documents, plain)
+            visible = self._whole(documents)
         elif self.varlen:
             visible = self._segments(documents)
         else:
@@ -121,6 +124,13 @@ class Cutting:
         if self.cp is None:
             return visible
         return {window: GatheredAttend(self.cp, inner) for window, inner in visible.items()}
+
+    def _whole(self, documents: NDArray[np.int32]) -> dict[int | None, Attend]:
+        if not self.flash:
+            return self._masks(documents, plain=True)
+        length = documents.shape[1]
+        reached = {w: None if w is None or w >= length else w for w in self.windows}
+        return {window: FlashAttend(reach) for window, reach in reached.items()}
 
     def _masks(self, documents: NDArray[np.int32], plain: bool) -> dict[int | None, Attend]:
         length = documents.shape[1]
@@ -148,7 +158,7 @@ class Cutting:
         found = segments(documents, chunks_of(rank, size), count, gathered_positions(size, length))
         starts, keys = self._upload(found.query_starts), self._upload(found.key_starts)
         index = None if found.keys is None else self._move(found.keys)
-        return {w: VarlenAttend(starts, keys, index, length, w) for w in self.windows}
+        return {w: VarlenAttend(starts, keys, index, length, w, self.flash) for w in self.windows}
 
     def _move(self, values: NDArray[np.int32] | NDArray[np.int64]) -> Tensor:
         return self._upload(values.astype(np.int64))

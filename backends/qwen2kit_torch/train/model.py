@@ -42,6 +42,7 @@ from qwen2kit_torch.parallel.pipeline import Pipeline
 from qwen2kit_torch.parallel.processes import connect
 from qwen2kit_torch.train.batch import Cutting
 from qwen2kit_torch.train.build import build, ends_group
+from qwen2kit_torch.train.flash import takes_flash
 from qwen2kit_torch.train.init import init_parameters
 from qwen2kit_torch.train.optim import build_adamw, global_norm, guarded_step
 from qwen2kit_torch.train.parameters import gather, settle_gradients
@@ -234,13 +235,15 @@ class TorchTrainableModel(TorchModel):
         return copy
 
     def _cutting(self, world: int) -> Cutting:
-        cuda = self.device.type == "cuda"
+        varlen = self.device.type == "cuda" and self.dtype == torch.bfloat16
+        wish, head_dim = self.settings.attention, self.spec.head_dim
         return Cutting(
             rows=self.settings.micro_batch_rows,
             device=self.device,
             windows=tuple({self.spec.window_of(i) for i in range(self.spec.num_hidden_layers)}),
             fixed=world > 1 or self._built.compiled,
-            varlen=cuda and self.dtype == torch.bfloat16,
+            varlen=varlen,
+            flash=takes_flash(wish, self.device, self.dtype, head_dim),
             cp=self.mesh.group("cp"),
         )
 

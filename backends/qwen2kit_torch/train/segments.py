@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qwen2kit_torch.fused.flash import flash_attention
+
 _FEWEST_SEGMENTS = 64
 # Before torch 2.12 grouped heads needed no permission.
 _ASKS_FOR_GROUPS = torch.__version__ >= "2.12"
@@ -80,13 +82,14 @@ def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
 
 @dataclass(frozen=True, slots=True)
 class VarlenAttend:
-    """Causal attention within segments, by flash attention (CUDA, bfloat16).
+    """Causal attention within segments (CUDA, bfloat16): FlashAttention 4, or torch's own 2.
 
     Attributes:
         query_starts, key_starts: int32, as in `Segments`.
         keys: int64 index, or None.
         longest: bound on a segment's queries and keys.
         window: keys a query sees, itself included; None is all.
+        flash: use FlashAttention 4.
     """
 
     query_starts: Tensor
@@ -94,15 +97,25 @@ class VarlenAttend:
     keys: Tensor | None
     longest: int
     window: int | None
+    flash: bool = False
 
     def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
         """``[B, H, T, C]``."""
-        from torch.nn.attention.varlen import varlen_attn
-
         q = q_BHTC.transpose(1, 2).flatten(0, 1)
         k, v = (x.transpose(1, 2).flatten(0, 1) for x in (k_BKSC, v_BKSC))
         if self.keys is not None:
             k, v = k[self.keys], v[self.keys]
+        out = self._flash(q, k, v) if self.flash else self._torch(q, k, v)
+        rows, _, length, _ = q_BHTC.shape
+        return out.view(rows, length, *out.shape[1:]).transpose(1, 2)
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        starts = (self.query_starts, self.key_starts)
+        return flash_attention(q, k, v, starts=starts, longest=self.longest, window=self.window)
+
+    def _torch(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
         reach = -1 if self.window is None else self.window - 1
         options: dict[str, Any] = {"window_size": (reach, 0)}
         if q.shape[1] != k.shape[1] and _ASKS_FOR_GROUPS:
@@ -111,5 +124,4 @@ class VarlenAttend:
             q, k, v, self.query_starts, self.key_starts, self.longest, self.longest, **options
         )
         assert isinstance(out, Tensor)
-        rows, _, length, _ = q_BHTC.shape
-        return out.view(rows, length, *out.shape[1:]).transpose(1, 2)
+        return out
