@@ -2,12 +2,14 @@
 
     python benchmarks/mlx_speed.py --shapes qwen2-0.5b,qwen2-7b --formats bf16,4bit --output F.json
 
-Both implementations live in one process and take turns (ours, theirs, ours, ...); ratios are
-medians over pairs. Loading goes up to the first token. Both read the same directory in MLX's
-layout. Batches are prompts of unequal length through our engine and mlx-lm's BatchGenerator; their
-rate counts tokens after every prompt has its first. Memory is MLX's own peak, without what the
-other model holds. Token ids are compared: equal in fp32, where 16-bit formats part at the first
-near tie of random weights.
+Each implementation has a process of its own, and they take turns (ours, theirs, ours, ...); ratios
+are medians over pairs. A run that takes longer than ``--limit`` seconds ends its process, is noted,
+and leaves the other one's figures; the report is written after every batch size. The first run of
+each kind is not counted: both compile kernels in it, and its time is reported as ``warm_up_s``.
+Loading goes up to the first token. Both read the same directory in MLX's layout. Batches are
+prompts of unequal length through our engine and mlx-lm's BatchGenerator; their rate counts tokens
+after every prompt has its first. Memory is MLX's own peak. Token ids are compared: equal in fp32,
+where 16-bit formats part at the first near tie of random weights.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +111,9 @@ class MlxLm:
 
 
 def timed(model: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
-    """Seconds until every prompt has a token, and the rate of tokens after that."""
+    """Seconds until every prompt has a token, the rate of tokens after that, and peak memory."""
+    mx.clear_cache()
+    mx.reset_peak_memory()
     texts: list[list[int]] = [[] for _ in prompts]
     start, ready, late = time.perf_counter(), 0.0, 0
     for step in model.steps(prompts, count):
@@ -118,86 +124,171 @@ def timed(model: Any, prompts: list[list[int]], count: int) -> dict[str, Any]:
         elif all(texts):
             ready = time.perf_counter()
     rate = late / (time.perf_counter() - ready) if late else 0.0
-    return {"first_s": ready - start, "decode_tps": rate, "texts": texts}
+    peak = mx.get_peak_memory()
+    return {"first_s": ready - start, "decode_tps": rate, "texts": texts, "peak_bytes": peak}
 
 
-def load(kind: type, folder: Path, form: str) -> tuple[Any, float]:
+KINDS: dict[str, type] = {"ours": Ours, "mlx-lm": MlxLm}
+
+
+def serve(name: str, folder: Path, form: str, pipe: Connection) -> None:
+    """One implementation's process: loads and runs when told to."""
+    model: Any = None
+    while True:
+        task = pipe.recv()
+        try:
+            if task == "load":
+                model = None
+                model, found = load(KINDS[name], folder, form)
+                pipe.send(found)
+            else:
+                pipe.send(timed(model, *task))
+        except Exception as error:
+            pipe.send({"error": f"{type(error).__name__}: {error}"})
+
+
+def load(kind: type, folder: Path, form: str) -> tuple[Any, dict[str, Any]]:
     gc.collect()
     mx.clear_cache()
     mx.synchronize()
     start = time.perf_counter()
     model = kind(folder, form)
     list(model.steps([[1]], 1))
-    return model, time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    gc.collect()
+    return model, {"load_s": seconds, "weights_bytes": mx.get_active_memory()}
 
 
-def measure(folder: Path, form: str, options: argparse.Namespace) -> dict[str, Any]:
-    kinds = {"ours": Ours, "mlx-lm": MlxLm}
-    loads: dict[str, list[float]] = {name: [] for name in kinds}
-    models: dict[str, Any] = {}
-    weights: dict[str, int] = {}
-    for turn in range(options.loads + 1):  # the first one warms caches
-        for name, kind in kinds.items():
-            models.pop(name, None)
-            gc.collect()  # or the old one counts as there before
-            before = mx.get_active_memory()
-            models[name], seconds = load(kind, folder, form)
-            weights[name] = mx.get_active_memory() - before
-            if turn:
-                loads[name].append(seconds)
-    result: dict[str, Any] = {"load_s": loads, "weights_bytes": weights, "batches": {}}
+class Side:
+    """An implementation in its process.
+
+    Args:
+        name: a key of `KINDS`.
+        folder, form: what it loads.
+        limit: seconds a task may take.
+    """
+
+    def __init__(self, name: str, folder: Path, form: str, limit: float) -> None:
+        self.name, self._given, self._limit = name, (name, folder, form), limit
+        self._process: Any = None
+        self.weights = 0
+
+    def ask(self, task: Any) -> dict[str, Any] | None:
+        """The task's result; None if it failed or took too long, which ends the process."""
+        if self._process is None:
+            context = multiprocessing.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(*self._given, theirs), daemon=True)
+            self._process.start()
+            theirs.close()
+            if task != "load" and self.ask("load") is None:
+                return None
+        try:
+            self._pipe.send(task)
+            if self._pipe.poll(self._limit):
+                found: dict[str, Any] = self._pipe.recv()
+                self.weights = found.get("weights_bytes", self.weights)
+                if "error" not in found:
+                    return found
+                print(f"  {self.name}: {found['error'][:300]}", flush=True)
+        except (EOFError, OSError):
+            print(f"  {self.name}: its process ended", flush=True)
+        self._process.kill()
+        self._process.join()
+        self._process = None
+        return None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+def take_turns(sides: list[Side], task: Any, turns: int, what: str) -> dict[str, list[Any]]:
+    """Results of each side: a warm-up, then ``turns`` more, in turns; none of a side that
+    failed."""
+    runs: dict[str, list[Any]] = {side.name: [] for side in sides}
+    going = list(sides)
+    for turn in range(turns + 1):
+        for side in list(going):
+            start = time.perf_counter()
+            found = side.ask(task)
+            if found is None:
+                going.remove(side)
+                print(f"  {what}: {side.name} gave nothing", flush=True)
+                continue
+            if not turn:
+                found["warm_up_s"] = time.perf_counter() - start
+            runs[side.name].append(found)
+    return runs
+
+
+def measure(folder: Path, form: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The result so far: after loading, and after every batch size."""
+    sides = [Side(name, folder, form, options.limit) for name in KINDS]
+    loads = take_turns(sides, "load", options.loads, "load")
+    result: dict[str, Any] = {
+        "load_s": {name: [run["load_s"] for run in runs[1:]] for name, runs in loads.items()},
+        "weights_bytes": {side.name: side.weights for side in sides},
+        "batches": {},
+    }
+    yield result
+    vocab = min(50_000, open_checkpoint(folder).spec.vocab_size)
     for size in options.batches:
         prompts = [
-            [(7919 * i + 31 * row + 13) % 50_000 for i in range(options.prompt - 5 * row)]
+            [(7919 * i + 31 * row + 13) % vocab for i in range(options.prompt - 5 * row)]
             for row in range(size)
         ]
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
-        peaks = dict.fromkeys(kinds, 0)
-        for turn in range(options.repeats + 1):
-            for name, model in models.items():
-                mx.clear_cache()
-                mx.reset_peak_memory()
-                run = timed(model, prompts, options.new)
-                others = sum(weights[other] for other in kinds if other != name)
-                peaks[name] = max(peaks[name], mx.get_peak_memory() - others)
-                if turn:
-                    runs[name].append(run)
-        result["batches"][size] = compare(runs, peaks)
-    return result
+        task = prompts, options.new
+        result["batches"][size] = compare(take_turns(sides, task, options.repeats, f"batch {size}"))
+        yield result
+    for side in sides:
+        side.close()
 
 
-def compare(runs: dict[str, list[dict[str, Any]]], peaks: dict[str, int]) -> dict[str, Any]:
-    pairs = list(zip(runs["ours"], runs["mlx-lm"], strict=True))
-    same = sum(a == b for a, b in zip(*(pairs[0][i]["texts"] for i in (0, 1)), strict=True))
-    return {
-        "first_s": {name: [run["first_s"] for run in many] for name, many in runs.items()},
-        "decode_tps": {name: [run["decode_tps"] for run in many] for name, many in runs.items()},
-        "first_speedup": statistics.median(b["first_s"] / a["first_s"] for a, b in pairs),
-        "decode_speedup": statistics.median(a["decode_tps"] / b["decode_tps"] for a, b in pairs),
-        "peak_bytes": peaks,
-        "same_texts": f"{same} of {len(pairs[0][0]['texts'])}",
+def compare(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    counted = {name: many[1:] for name, many in runs.items() if many}
+    report: dict[str, Any] = {
+        "warm_up_s": {name: many[0]["warm_up_s"] for name, many in runs.items() if many},
+        "first_s": {name: [run["first_s"] for run in many] for name, many in counted.items()},
+        "decode_tps": {name: [run["decode_tps"] for run in many] for name, many in counted.items()},
+        "peak_bytes": {
+            name: max(run["peak_bytes"] for run in many) for name, many in runs.items() if many
+        },
     }
+    pairs = list(zip(*(counted.get(name, []) for name in KINDS), strict=False))
+    if pairs:
+        same = sum(a == b for a, b in zip(*(run["texts"] for run in pairs[0]), strict=True))
+        rates = [a["decode_tps"] / b["decode_tps"] for a, b in pairs if b["decode_tps"]]
+        report["first_speedup"] = statistics.median(b["first_s"] / a["first_s"] for a, b in pairs)
+        report["decode_speedup"] = statistics.median(rates) if rates else None
+        report["same_texts"] = f"{same} of {len(pairs[0][0]['texts'])}"
+    return report
+
+
+def middle(figures: dict[str, list[float]], name: str) -> float:
+    return statistics.median(figures.get(name) or [float("nan")])
 
 
 def show(shape: str, form: str, result: dict[str, Any]) -> None:
-    loads = {name: statistics.median(seconds) for name, seconds in result["load_s"].items()}
-    ratio = loads["mlx-lm"] / loads["ours"]
-    print(f"\n{shape} {form}: load {loads['ours']:.2f} s, {ratio:.2f}x of mlx-lm")
-    for size, r in result["batches"].items():
-        rates = {name: statistics.median(many) for name, many in r["decode_tps"].items()}
-        firsts = {name: statistics.median(many) for name, many in r["first_s"].items()}
-        peaks = {name: peak / 1e9 for name, peak in r["peak_bytes"].items()}
-        print(
-            f"  batch {size:3}: first tokens {1e3 * firsts['ours']:8.1f} ms"
-            f" {r['first_speedup']:5.2f}x   decode {rates['ours']:8.1f} tok/s"
-            f" {r['decode_speedup']:5.2f}x   peak {peaks['ours']:6.2f} / {peaks['mlx-lm']:6.2f} GB"
-            f"   same texts {r['same_texts']}",
-            flush=True,
-        )
-
-
-def sizes(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
+    """The newest part of a result."""
+    if not result["batches"]:
+        ours, theirs = (middle(result["load_s"], name) for name in KINDS)
+        sizes = " / ".join(f"{n / 1e9:.2f}" for n in result["weights_bytes"].values())
+        print(f"\n{shape} {form}: load {ours:.2f} s, {theirs / ours:.2f}x of mlx-lm", end="")
+        print(f"   weights {sizes} GB", flush=True)
+        return
+    size, r = list(result["batches"].items())[-1]
+    first, rate = (middle(r[key], "ours") for key in ("first_s", "decode_tps"))
+    line = f"  batch {size:3}: first tokens {1e3 * first:8.1f} ms"
+    line += f" {r.get('first_speedup') or float('nan'):5.2f}x   decode {rate:8.1f} tok/s"
+    line += f" {r.get('decode_speedup') or float('nan'):5.2f}x   peak "
+    line += " / ".join(f"{r['peak_bytes'].get(name, 0) / 1e9:6.2f}" for name in KINDS)
+    line += " GB   warm-up " + " / ".join(
+        f"{r['warm_up_s'].get(name, float('nan')):.1f}" for name in KINDS
+    )
+    print(f"{line} s   same texts {r.get('same_texts', 'not compared')}", flush=True)
 
 
 def main() -> None:
@@ -211,6 +302,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loads", type=int, default=2)
+    parser.add_argument("--limit", type=float, default=120, help="seconds a run may take")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {"mlx": mx.__version__, "device": str(mx.device_info()), "models": {}}
@@ -218,12 +310,16 @@ def main() -> None:
         for form in options.formats.split(","):
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "model"
-                write_model(shape, form, folder)
-                result = measure(folder, form, options)
-            show(shape, form, result)
-            report["models"][f"{shape} {form}"] = result
-            if options.output:
-                options.output.write_text(json.dumps(report, indent=1) + "\n")
+                write = multiprocessing.get_context("spawn").Process(
+                    target=write_model, args=(shape, form, folder)
+                )
+                write.start()
+                write.join()
+                for result in measure(folder, form, options):
+                    show(shape, form, result)
+                    report["models"][f"{shape} {form}"] = result
+                    if options.output:
+                        options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
