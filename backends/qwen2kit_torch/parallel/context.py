@@ -52,6 +52,7 @@ class GatheredAttend:
 
     def __call__(self, q_BHTC: Tensor, k_BKSC: Tensor, v_BKSC: Tensor) -> Tensor:
         """``[B, H, T, C]`` for this process's T queries (and as many keys)."""
-        pair = torch.stack((k_BKSC, v_BKSC))
-        k, v = all_gather_tensor_autograd(pair, 3, self.group).unbind(0)
+        # Token by token, as they were computed and as flash attention reads them.
+        pair = torch.stack((k_BKSC.transpose(1, 2), v_BKSC.transpose(1, 2)))
+        k, v = all_gather_tensor_autograd(pair, 2, self.group).transpose(2, 3).unbind(0)
         return self.inner(q_BHTC, k, v)
