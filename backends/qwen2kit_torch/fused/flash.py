@@ -58,7 +58,7 @@ def interface() -> Any:
     "qwen2kit::flash_attention",
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? query_starts, Tensor? key_starts, "
-    "int? longest, int? window) -> (Tensor, Tensor)",
+    "SymInt? longest, int? window) -> (Tensor, Tensor)",
 )
 def _forward(
     q: Tensor,
@@ -80,7 +80,7 @@ def _forward(
     "qwen2kit::flash_attention_backward",
     mutates_args=(),
     schema="(Tensor slope, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor? query_starts, Tensor? key_starts, int? longest, int? window) "
+    "Tensor? query_starts, Tensor? key_starts, SymInt? longest, int? window) "
     "-> (Tensor, Tensor, Tensor)",
 )
 def _backward(
