@@ -67,6 +67,17 @@ class CUDAKernels(NativeKernels):
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
         return y if onto is None else onto + y
 
+    def affine_swiglu(
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> mx.array:
+        """See `Kernels.affine_swiglu`."""
+        rows, width = x.shape
+        if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
+            found = self._packed(x, weight, bits, group_size, paired=True)
+            if found is not None:
+                return found
+        return super().affine_swiglu(x, weight, bits, group_size)
+
     def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
         """See `Kernels.mask`."""
         return mx.where(visible, 0.0, -mx.inf).astype(dtype)

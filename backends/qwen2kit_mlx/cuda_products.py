@@ -53,12 +53,17 @@ class Tiles:
     ahead: int = 2
 
 
-def tiles(rows: int) -> Tiles:
-    """What serves a product of so many rows."""
+def tiles(rows: int, paired: bool = False) -> Tiles:
+    """What serves a product of so many rows.
+
+    Args:
+        rows: N.
+        paired: whether it is SwiGLU's, of two outputs each.
+    """
     if rows <= 8:
-        return Tiles(tokens=1, outputs=1, ahead=4)
+        return Tiles(tokens=1, outputs=2) if paired else Tiles(tokens=1, outputs=1, ahead=4)
     if rows <= 16:
-        return Tiles(tokens=2, outputs=1)
+        return Tiles(tokens=2, outputs=2, ahead=1) if paired else Tiles(tokens=2, outputs=1)
     return Tiles(tokens=4, outputs=2, ahead=1)
 
 
@@ -81,8 +86,9 @@ class PackedProduct:
         self._broken = False
 
     def prepare(self, bits: int, group_size: int, dtype: mx.Dtype, rows: int) -> None:
-        """Have the kernel for such products ready soon."""
-        self._code(bits, group_size, dtype, tiles(rows))
+        """Have the kernels for such products ready soon."""
+        for paired in (False, True):
+            self._code(bits, group_size, dtype, tiles(rows, paired), paired)
 
     def __call__(
         self,
@@ -90,8 +96,10 @@ class PackedProduct:
         weight: Packed,
         bits: int,
         group_size: int,
-        bias: mx.array | None,
-        onto: mx.array | None,
+        bias: mx.array | None = None,
+        onto: mx.array | None = None,
+        *,
+        paired: bool = False,
         how: Tiles | None = None,
     ) -> mx.array | None:
         """``x @ w.T + bias + onto``, rounded once; None if the kernel does not compile here.
@@ -101,18 +109,19 @@ class PackedProduct:
             weight: values, scales and biases; see `fits`.
             bias: ``[out]``.
             onto: ``[N, out]``.
+            paired: give SwiGLU ``[N, out / 2]`` of the product's first and second half.
             how: tiles; those of `tiles` if None.
         """
         rows, width = x.shape
-        out = weight[0].shape[0]
-        how = how or tiles(rows)
-        name, code = self._code(bits, group_size, x.dtype, how)
+        out = weight[0].shape[0] // (2 if paired else 1)
+        how = how or tiles(rows, paired)
+        name, code = self._code(bits, group_size, x.dtype, how, paired)
         binary = self._wait(code)
         if binary is None:
             return None
         absent = weight[1]
         inputs = [x, *weight, absent if bias is None else bias, absent if onto is None else onto]
-        blocks = -(-out // (16 * how.outputs)), -(-rows // (8 * how.tokens))
+        blocks = -(-out // (16 if paired else 16 * how.outputs)), -(-rows // (8 * how.tokens))
         threads = 32 * how.warps
         (found,) = mx.fast.precompiled_cuda_kernel(
             name=name,
@@ -128,13 +137,13 @@ class PackedProduct:
         return found
 
     def _code(
-        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles
+        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles, paired: bool
     ) -> tuple[str, Future[bytes]]:
-        wide = dtype == mx.bfloat16
         macros = {
             "BITS": bits,
             "GROUP": group_size,
-            "BF16": int(wide),
+            "BF16": int(dtype == mx.bfloat16),
+            "PAIRED": int(paired),
             "TILES": how.tokens,
             "ROWS": how.outputs,
             "WARPS": how.warps,

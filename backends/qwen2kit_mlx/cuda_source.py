@@ -6,7 +6,8 @@ what makes compiling them a matter of a tenth of a second.
 
 Defined from outside: ``NAME``; ``BITS`` 4 or 8; ``GROUP`` 32, 64 or 128; ``BF16`` 1 or 0 (float16);
 ``TILES`` blocks of 8 tokens; ``ROWS`` blocks of 16 outputs; ``WARPS`` that share the inputs of a
-thread block; ``AHEAD`` chunks a warp loads before it multiplies.
+thread block; ``AHEAD`` chunks a warp loads before it multiplies; ``PAIRED`` 1 if the weight is a
+gate above an up projection and SwiGLU of both is wanted (``ROWS`` is 2 then), else 0.
 """
 
 from __future__ import annotations
@@ -86,8 +87,9 @@ PRODUCT: Final = r"""
 #define CHUNK (512 / BITS)    /* inputs that four threads read of a row with one load each */
 #define PIECE (128 / BITS)    /* inputs of one thread among them: within one group */
 #define TOKENS (8 * TILES)
-#define OUTPUTS (16 * ROWS)
-#define PITCH (OUTPUTS + 4)   /* without bank conflicts */
+#define SUMS (16 * ROWS)
+#define OUTPUTS (PAIRED ? 16 : SUMS)
+#define PITCH (SUMS + 4)      /* without bank conflicts */
 
 /* Weights of word ``w`` in pairs: 4 bits (0,4) (1,5) (2,6) (3,7); 8 bits (0,1) (2,3). */
 __device__ __forceinline__ void unpack(u32 w, u32 scale, u32 bias, u32 (&out)[16 / BITS]) {
@@ -113,7 +115,8 @@ __device__ __forceinline__ void unpack(u32 w, u32 scale, u32 bias, u32 (&out)[16
 #endif
 }
 
-/* out[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ onto[M, N]).
+/* out[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ onto[M, N]); if PAIRED, w is [2 N, K] and
+   out = silu(x @ w[:N].T) * (x @ w[N:].T).
 
    A thread block computes OUTPUTS columns of TOKENS rows. Its warps take every WARPS-th chunk of
    the inputs each and add up through shared memory in a fixed order: a row's result depends
@@ -134,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      int n = min(first_n + 16 * r + 8 * h + g, N - 1);
+      int n = min(first_n + (PAIRED ? 0 : 16 * r) + 8 * h + g, N - 1) + (PAIRED ? r * N : 0);
       weights[r][h] = (const uint4*)(w + (unsigned long long)n * (K * BITS / 32)) + t;
       at_group[r][h] = n * groups;
     }
@@ -241,6 +244,12 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(
     float total = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) total += part[(k * TOKENS + m) * PITCH + n];
+#if PAIRED
+    float up = 0.0f;
+#pragma unroll
+    for (int k = 0; k < WARPS; ++k) up += part[(k * TOKENS + m) * PITCH + 16 + n];
+    total = total / (1.0f + expf(-total)) * up;
+#endif
     unsigned long long place = (unsigned long long)(first_m + m) * N + first_n + n;
     if (has_bias) total += widen(bias[first_n + n]);
     if (has_onto) total += widen(onto[place]);

@@ -54,6 +54,12 @@ class Kernels(Protocol):
         quantisation, ``bias`` ``[out]`` and ``onto`` ``[N, out]``."""
         ...
 
+    def affine_swiglu(
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> mx.array:
+        """`swiglu` ``[N, out / 2]`` of the first and the second half of `affine_linear`."""
+        ...
+
     def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
         """Such packed weights, with scales of ``dtype``, will be multiplied soon."""
         ...
@@ -116,6 +122,12 @@ class NativeKernels:
         )
         y = y if bias is None else y + bias
         return y if onto is None else onto + y
+
+    def affine_swiglu(
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> mx.array:
+        """See `Kernels.affine_swiglu`."""
+        return self.swiglu(*mx.split(self.affine_linear(x, weight, bits, group_size), 2, axis=-1))
 
     def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
         """See `Kernels.expect`; nothing needs preparing."""

@@ -23,6 +23,10 @@ class Matrix(Protocol):
         """``x [N, in] -> [N, out]``, added to ``onto`` if given."""
         ...
 
+    def swiglu(self, x: mx.array) -> mx.array:
+        """``[N, out / 2]``: the first half of the outputs gates the second."""
+        ...
+
     def dense_rows(self, start: int, stop: int) -> mx.array:
         """Rows ``start:stop`` of the weight, dequantised."""
         ...
@@ -43,6 +47,9 @@ class Dense:
         if self.bias is None or onto is None:
             return self.kernels.linear(x, self._turned, self.bias if onto is None else onto)
         return onto + self.kernels.linear(x, self._turned, self.bias)
+
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -75,6 +82,11 @@ class Affine:
             x, self.weight, self.bits, self.group_size, self.bias, onto
         )
 
+    def swiglu(self, x: mx.array) -> mx.array:
+        if self.bias is not None:
+            return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+        return self.kernels.affine_swiglu(x, self.weight, self.bits, self.group_size)
+
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
         return self._dequantize(*(part[tokens] for part in self.weight))
@@ -103,6 +115,9 @@ class Stacked:
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         y = mx.concatenate([part(x) for part in self.parts], axis=-1)
         return y if onto is None else onto + y
+
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.parts[0].kernels.swiglu(*mx.split(self(x), 2, axis=-1))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         offset = 0

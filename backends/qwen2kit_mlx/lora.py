@@ -34,6 +34,9 @@ class LoRA:
         narrow = self.kernels.linear(x, self.down.T, None)
         return self.kernels.linear(narrow, self.up.T, self.base(x, onto))
 
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+
     def dense_rows(self, start: int, stop: int) -> mx.array:
         base = self.base.dense_rows(start, stop)
         update = self.up[start:stop].astype(mx.float32) @ self.down.astype(mx.float32)

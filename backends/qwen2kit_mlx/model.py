@@ -66,7 +66,7 @@ class Decoder:
         self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype)
         layers = params.layers
         self._between: list[Step] = [
-            Between(kernels, spec.rms_norm_eps, layer, following)
+            Between(spec.rms_norm_eps, layer, following)
             for layer, following in zip(layers, (*layers[1:], None), strict=True)
         ]
         self._compiled = [mx.compile(step) for step in self._between] if kernels.compiles else []
@@ -115,16 +115,13 @@ class Between:
     looks for cycles.
 
     Args:
-        kernels: who computes.
         eps: of the norms.
         layer: whose attention was computed.
         following: the next layer, or None.
     """
 
-    def __init__(
-        self, kernels: Kernels, eps: float, layer: LayerParams, following: LayerParams | None
-    ) -> None:
-        self._kernels, self._eps = kernels, eps
+    def __init__(self, eps: float, layer: LayerParams, following: LayerParams | None) -> None:
+        self._eps = eps
         self._layer, self._following = layer, following
 
     def __call__(self, x_ND: mx.array, attended: mx.array) -> tuple[mx.array, mx.array]:
@@ -132,8 +129,8 @@ class Between:
         again)."""
         layer = self._layer
         x_ND = layer.o(attended, x_ND)
-        stacked_N2F = layer.gate_up(mx.fast.rms_norm(x_ND, layer.post_norm, self._eps))
-        x_ND = layer.down(self._kernels.swiglu(*mx.split(stacked_N2F, 2, axis=-1)), x_ND)
+        gated_NF = layer.gate_up.swiglu(mx.fast.rms_norm(x_ND, layer.post_norm, self._eps))
+        x_ND = layer.down(gated_NF, x_ND)
         if self._following is None:
             return x_ND, x_ND
         return x_ND, stacked_heads(self._following, x_ND, self._eps)

@@ -130,6 +130,7 @@ class OnCPU:
         options = ["-O1", "-std=c++20", "-shared", "-fPIC", "-pthread", "-w"]
         subprocess.run([COMPILER, *options, *defines, source, "-o", library], check=True)
         self._run = ctypes.CDLL(str(library)).run
+        self._parts = 1 + macros["PAIRED"]
 
     def __call__(
         self,
@@ -139,7 +140,7 @@ class OnCPU:
         onto: Halves | None = None,
     ) -> Halves:
         """``[M, N]``; 16-bit floats as their bits."""
-        out = np.zeros((len(x), len(weight[0])), dtype=np.uint16)
+        out = np.zeros((len(x), len(weight[0]) // self._parts), dtype=np.uint16)
         arrays = [x, *weight, bias, onto, out]
         held = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         held[-1] = out

@@ -61,6 +61,18 @@ def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int)
             assert (gap < allowed).all(), (width, out, rows, gap.max())
 
 
+@pytest.mark.parametrize("rows", [1, 8, 12, 33, MOST + 1])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_swiglu(kernels: CUDAKernels, bits: int, rows: int) -> None:
+    packed = mx.quantize(normal(9728, 896, dtype=mx.bfloat16) * 0.1, 64, bits)
+    x = normal(rows, 896, dtype=mx.bfloat16)
+    got = wide(kernels.affine_swiglu(x, packed, bits, 64))
+    dense = wide(mx.dequantize(*packed, group_size=64, bits=bits))
+    gate, up = np.split(wide(x) @ dense.T, 2, axis=-1)
+    expected = gate / (1 + np.exp(-gate)) * up
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-6 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_the_others(kernels: CUDAKernels, bits: int) -> None:
     packed = mx.quantize(normal(896, 1024, dtype=mx.bfloat16), 64, bits)

@@ -68,7 +68,8 @@ def test_the_kernel_computes_what_dequantised_weights_give(
     packed = mx.quantize((normal(out, width) * 0.1).astype(dtype), group, bits)
     given = np.array(packed[0]), raw(packed[1]), raw(packed[2])
     names = ("TILES", "ROWS", "WARPS", "AHEAD")
-    macros = {"BITS": bits, "GROUP": group, "BF16": bf16} | dict(zip(names, shape, strict=True))
+    macros = {"BITS": bits, "GROUP": group, "BF16": bf16, "PAIRED": 0}
+    macros |= dict(zip(names, shape, strict=True))
     product = OnCPU(tmp_path, macros)
 
     got = product(raw(x), given, raw(bias), raw(onto))
@@ -85,6 +86,24 @@ def test_the_kernel_computes_what_dequantised_weights_give(
     assert (np.abs(bare - wide(x)[:1] @ dense.T) < allowed[:1]).all()
 
 
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(("bits", "rows", "out", "tokens"), [(4, 1, 16, 1), (8, 11, 40, 2)])
+def test_the_kernel_computes_swiglu(
+    bits: int, rows: int, out: int, tokens: int, tmp_path: Path
+) -> None:
+    x = normal(rows, 256).astype(mx.bfloat16)
+    packed = mx.quantize((normal(2 * out, 256) * 0.1).astype(mx.bfloat16), 64, bits)
+    macros = {"BITS": bits, "GROUP": 64, "BF16": 1, "PAIRED": 1}
+    macros |= {"TILES": tokens, "ROWS": 2, "WARPS": 2, "AHEAD": 1}
+    given = np.array(packed[0]), raw(packed[1]), raw(packed[2])
+    got = wide(mx.array(OnCPU(tmp_path, macros)(raw(x), given)).view(mx.bfloat16))
+    dense = wide(mx.dequantize(*packed, group_size=64, bits=bits))
+    gate, up = np.split(wide(x) @ dense.T, 2, axis=-1)
+    expected = gate / (1 + np.exp(-gate)) * up
+    assert got.shape == (rows, out)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-6 * np.abs(expected).max())
+
+
 def test_formats_the_kernel_takes() -> None:
     assert fits(896, 4, mx.bfloat16)
     assert fits(18944, 8, mx.float16)
@@ -98,6 +117,7 @@ def test_tiles_share_out_the_inputs_alike() -> None:
     chosen = [tiles(rows) for rows in range(1, MOST + 1)]
     assert len({how.warps for how in chosen}) == 1
     assert tiles(1).tokens == tiles(8).tokens == 1
+    chosen += [tiles(rows, paired=True) for rows in range(1, MOST + 1)]
     shared = [4 * how.warps * 8 * how.tokens * (16 * how.outputs + 4) for how in chosen]
     assert max(shared) <= 48 << 10, "more shared memory must be asked for"
 
@@ -156,17 +176,24 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = mx.quantize(normal(40, 128).astype(mx.bfloat16), 64, 4)
     for rows in (1, 8, 40):
         product(normal(rows, 128).astype(mx.bfloat16), packed, 4, 64, None, packed[1])
-    assert [given["grid"] for given in launched] == [(768, 1, 1), (768, 1, 1), (512, 2, 1)]
+    product(normal(1, 128).astype(mx.bfloat16), packed, 4, 64, paired=True)
+    assert [given["grid"] for given in launched] == [
+        (768, 1, 1),
+        (768, 1, 1),
+        (512, 2, 1),
+        (512, 1, 1),
+    ]
+    assert launched[3]["output_shapes"] == [(1, 20)]
     assert [given["scalars"] for given in launched][2] == [40, 40, 128, 0, 1]
     assert launched[0]["name"] == launched[1]["name"] != launched[2]["name"]
-    assert len(compiled) == 2
+    assert len(compiled) == 3
     assert launched[0]["compiled_source"] == b"sm_90"
 
 
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nvrtc_takes_the_source(bits: int, bf16: int) -> None:
-    how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1"}
+    how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1", "PAIRED": "1"}
     try:
         code = cubin(
             PRIMITIVES + PRODUCT,
