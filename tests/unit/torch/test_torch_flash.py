@@ -193,6 +193,16 @@ def test_a_layer_with_it_computes_what_one_without_does(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_recipes_say_whose_attention() -> None:
+    from qwen2kit.config.load import load_recipe
+    from qwen2kit.train.setup import execution_plan
+
+    for attention in ("auto", "sdpa", "flash-attn-4"):
+        plan = execution_plan(load_recipe("tiny", [f"train.attention={attention}"])).train
+        assert plan is not None
+        assert plan.attention == attention
+
+
 class TestChoice:
     """Of the kernels, by wish, device, dtype, heads and what is installed."""
 
