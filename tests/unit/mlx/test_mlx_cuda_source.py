@@ -9,6 +9,8 @@ import pytest
 
 mx = pytest.importorskip("mlx.core")
 
+from qwen2kit.backend.slots import Feed  # noqa: E402
+from qwen2kit_mlx.compiled import MLXModel  # noqa: E402
 from qwen2kit_mlx.cuda_compile import CompileError, cubin  # noqa: E402
 from qwen2kit_mlx.cuda_kernels import CUDAKernels  # noqa: E402
 from qwen2kit_mlx.cuda_products import (  # noqa: E402
@@ -21,7 +23,11 @@ from qwen2kit_mlx.cuda_products import (  # noqa: E402
     tiles,
 )
 from qwen2kit_mlx.cuda_source import PRIMITIVES, PRODUCT  # noqa: E402
+from qwen2kit_mlx.host_kernels import HostKernels  # noqa: E402
+from qwen2kit_mlx.kernels import Kernels  # noqa: E402
+from tests.conftest import random_weights, small_spec  # noqa: E402
 from tests.unit.mlx.cuda_on_cpu import COMPILER, OnCPU  # noqa: E402
+from tests.unit.mlx.setup_mlx import PackedSource  # noqa: E402
 
 RNG = np.random.default_rng(5)
 
@@ -188,6 +194,51 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launched[0]["name"] == launched[1]["name"] != launched[2]["name"]
     assert len(compiled) == 3
     assert launched[0]["compiled_source"] == b"sm_90"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Everything but the GPU: launches run on the CPU, and the model's logits stay the same."""
+    ready: dict[str, OnCPU] = {}
+
+    def compiles(source: str, architecture: str, macros: dict[str, str]) -> bytes:
+        name = macros.pop("NAME")
+        folder = tmp_path / name
+        folder.mkdir()
+        ready[name] = OnCPU(folder, {key: int(value) for key, value in macros.items()})
+        return b""
+
+    def launch(**given: object) -> list[mx.array]:
+        x, packed, scales, biases, bias, onto = given["inputs"]  # type: ignore[misc]
+        has_bias, has_onto = given["scalars"][3:]  # type: ignore[index]
+        added = raw(bias) if has_bias else None, raw(onto) if has_onto else None
+        found = ready[given["name"]](  # type: ignore[index]
+            raw(x), (np.array(packed), raw(scales), raw(biases)), *added
+        )
+        assert [found.shape] == given["output_shapes"]
+        return [mx.array(found).view(x.dtype)]
+
+    monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", launch)
+    monkeypatch.setattr("qwen2kit_mlx.cuda_products.cubin", compiles)
+    spec = small_spec(
+        hidden_size=128, intermediate_size=256, head_dim=32, num_hidden_layers=2, tied=False
+    )
+    base = random_weights(spec)
+    formats = {name: (4, 64) for name in base.names() if len(base.info(name).shape) == 2}
+    source = PackedSource(base, formats)
+
+    def logits(kernels: Kernels, dtype: mx.Dtype) -> np.ndarray:
+        made = MLXModel(spec, mx.Device(mx.cpu), dtype, kernels, 64)
+        made.load(source)
+        slots = made.slots(1, 64)
+        first = slots.feed([Feed(0, 0, (5, 6, 7))]).rows([0])
+        return np.concatenate([first, slots.feed([Feed(0, 3, (8,))]).rows([0])])
+
+    exact = logits(HostKernels(), mx.float32)
+    host = logits(HostKernels(), mx.bfloat16)
+    ours = logits(CUDAKernels(fuse=False, architecture="none"), mx.bfloat16)
+    assert len(ready) == 2
+    assert np.abs(ours - exact).mean() < 1.2 * np.abs(host - exact).mean()
 
 
 @pytest.mark.parametrize("bf16", [0, 1])
