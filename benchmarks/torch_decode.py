@@ -120,7 +120,7 @@ def pack(module: Any, bits: int) -> None:
 
     for owner in list(module.model.layers.modules()):
         for name, child in list(owner.named_children()):
-            if isinstance(child, Linear) and divides(child.in_features, bits, 64):
+            if isinstance(child, Linear) and divides(child.in_features, 64):
                 layer = QuantizedLinear(child, bits=bits, group=64)
                 layer.fill(quantize(child.weight, bits=bits, group=64))
                 setattr(owner, name, layer)

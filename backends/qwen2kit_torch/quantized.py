@@ -1,9 +1,9 @@
 """Weights in 4 or 8 bits, ``w = scale * code + offset`` for every group of inputs.
 
 The values are those of MLX's affine quantisation (`qwen2kit.weights.affine`), so that checkpoints
-stored in it (or in AWQ's or GPTQ's runs of inputs) are kept as they are. The codes lie otherwise:
-a row of 4-bit codes is two planes, its first half in the low and its second half in the high
-halves of its bytes, so that neighbours in memory are neighbours in the row.
+stored in it (or in AWQ's or GPTQ's runs of inputs) are kept as they are. The codes lie otherwise,
+as tensor cores take them: four words hold ``128 / bits`` neighbours, and word ``j`` of them has
+inputs ``8i + 2j`` and ``8i + 2j + 1`` at bit ``bits * i`` of its low and of its high half.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ BITS = (4, 8)
 _EPSILON = 1e-7
 _ROWS_AT_ONCE = 4096
 _FEW_ROWS = 16
+_LEAST_GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +30,21 @@ class Quantized:
     """A matrix ``[N, D]``.
 
     Attributes:
-        codes: uint8 ``[N, D * bits / 8]``.
-        scales, offsets: ``[N, D / group]``.
+        codes: int32 words ``[N, D * bits / 32]``.
+        steps: scale and offset of every group, ``[N, D / group, 2]``.
         bits: 4 or 8.
         group: inputs that share a scale.
     """
 
     codes: Tensor
-    scales: Tensor
-    offsets: Tensor
+    steps: Tensor
     bits: int
     group: int
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(N, D)``."""
-        return len(self.codes), self.codes.shape[1] * 8 // self.bits
+        return len(self.codes), self.codes.shape[1] * 32 // self.bits
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix in ``dtype``, each value rounded once."""
@@ -52,9 +52,9 @@ class Quantized:
             from qwen2kit_torch.engine.packed_products import dequantize
 
             return dequantize(self, dtype)
-        planes = [self.codes & 15, self.codes >> 4] if self.bits == 4 else [self.codes]
-        codes = torch.cat(planes, dim=1).view(len(self.codes), -1, self.group)
-        values = codes.float() * self.scales.float()[..., None] + self.offsets.float()[..., None]
+        codes = from_words(self.codes, self.bits).view(len(self.codes), -1, self.group)
+        scales, offsets = self.steps.float()[..., None].unbind(2)
+        values = codes.float() * scales + offsets
         return values.to(dtype).view(self.shape)
 
 
@@ -70,17 +70,16 @@ class QuantizedLinear(Linear):
         bits, group: as for `Quantized`.
     """
 
-    scales: Tensor
-    offsets: Tensor
+    steps: Tensor
 
     def __init__(self, base: Linear, *, bits: int, group: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
         self.bits, self.group, self.dtype = bits, group, base.weight.dtype
-        self._packed = None
+        self._packed, self.tuned = None, False
         self._for_cpu: tuple[Tensor, Tensor] | None = None
         self._expanded = False
-        self.weight = nn.Parameter(torch.empty(0, dtype=torch.uint8), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.int32), requires_grad=False)
         self.register_parameter("bias", base.bias)
 
     def fill(self, matrix: Quantized) -> None:
@@ -88,15 +87,12 @@ class QuantizedLinear(Linear):
         self.bits, self.group = matrix.bits, matrix.group
         self._for_cpu, self._packed, self._expanded = None, None, False
         self.weight = nn.Parameter(matrix.codes, requires_grad=False)
-        self.scales = nn.Parameter(matrix.scales, requires_grad=False)
-        self.offsets = nn.Parameter(matrix.offsets, requires_grad=False)
+        self.steps = nn.Parameter(matrix.steps, requires_grad=False)
 
     @property
     def matrix(self) -> Quantized:
         """The weights."""
-        return Quantized(
-            self.weight.detach(), self.scales.detach(), self.offsets.detach(), self.bits, self.group
-        )
+        return Quantized(self.weight.detach(), self.steps.detach(), self.bits, self.group)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
@@ -116,17 +112,17 @@ class QuantizedLinear(Linear):
             return
         matrix = self.matrix
         if can_read(self.bits, self.dtype) and self.out_features % 16 == 0:
-            codes = torch.cat([matrix.codes & 15, matrix.codes >> 4], dim=1)
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+            codes = from_words(matrix.codes, self.bits).int()
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
             # There a weight is (code - 8) * scale + zero.
-            zeros = matrix.offsets.float() + 8 * matrix.scales.float()
-            steps = torch.stack([matrix.scales.float(), zeros], -1).transpose(0, 1)
+            scales, offsets = matrix.steps.float().unbind(-1)
+            steps = torch.stack([scales, offsets + 8 * scales], -1).transpose(0, 1)
             self._for_cpu = packed, steps.to(self.dtype).contiguous()
             return
         self._expanded = True
         self.weight = nn.Parameter(matrix.dense(self.dtype), requires_grad=False)
         nothing = torch.empty(0, dtype=self.dtype)
-        self.scales = self.offsets = nn.Parameter(nothing, requires_grad=False)
+        self.steps = nn.Parameter(nothing, requires_grad=False)
         super().pack()
 
     def dense_weight(self) -> Tensor:
@@ -146,17 +142,17 @@ def can_read(bits: int, dtype: torch.dtype) -> bool:
 def quantize_layers(module: Qwen2, *, bits: int, group: int) -> None:
     """Let the decoder's matrices be filled in ``bits``; embedding and head stay dense.
 
-    Those whose rows do not divide into planes of whole groups stay dense too.
+    Those whose rows do not divide into whole groups stay dense too.
     """
     for owner in module.model.layers.modules():
         for name, child in list(owner.named_children()):
-            if isinstance(child, Linear) and divides(child.in_features, bits, group):
+            if isinstance(child, Linear) and divides(child.in_features, group):
                 setattr(owner, name, QuantizedLinear(child, bits=bits, group=group))
 
 
-def divides(inputs: int, bits: int, group: int) -> bool:
-    """Whether a row of ``inputs`` codes makes planes of whole groups."""
-    return inputs % (8 // bits * group) == 0
+def divides(inputs: int, group: int) -> bool:
+    """Whether a row of ``inputs`` codes makes whole groups (of whole chunks of four words)."""
+    return inputs % group == 0 and group % _LEAST_GROUP == 0
 
 
 def quantize(weight: Tensor, *, bits: int, group: int) -> Quantized:
@@ -167,15 +163,24 @@ def quantize(weight: Tensor, *, bits: int, group: int) -> Quantized:
     """
     parts = [_quantize(rows, bits, group) for rows in weight.split(_ROWS_AT_ONCE)]  # type: ignore[no-untyped-call]
     codes, scales, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
-    return Quantized(in_planes(codes, bits), scales, offsets, bits, group)
+    return Quantized(to_words(codes, bits), torch.stack([scales, offsets], -1), bits, group)
 
 
-def in_planes(codes: Tensor, bits: int) -> Tensor:
-    """Codes uint8 ``[N, D]`` as they are stored, ``[N, D * bits / 8]``."""
-    if bits == 8:
-        return codes
-    low, high = codes.chunk(2, dim=1)
-    return low | high << 4
+def to_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes uint8 ``[N, D]`` as they are stored, int32 ``[N, D * bits / 32]``."""
+    # chunk, i, j, half -> chunk, j, half, i
+    cells = codes.view(len(codes), -1, 16 // bits, 4, 2).permute(0, 1, 3, 4, 2)
+    if bits == 4:
+        cells = cells[..., 0::2] | cells[..., 1::2] << 4
+    return cells.reshape(len(codes), -1).view(torch.int32)
+
+
+def from_words(words: Tensor, bits: int) -> Tensor:
+    """Codes uint8 ``[N, D]`` of int32 words."""
+    cells = words.view(torch.uint8).view(len(words), -1, 4, 2, 2)
+    if bits == 4:
+        cells = torch.stack([cells & 15, cells >> 4], -1).flatten(-2)
+    return cells.permute(0, 1, 4, 2, 3).reshape(len(words), -1)
 
 
 def _quantize(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,8 +23,8 @@ from qwen2kit_torch.quantized import (
     Quantized,
     QuantizedLinear,
     divides,
-    in_planes,
     quantize,
+    to_words,
 )
 
 _TORCH: dict[DType, torch.dtype] = {
@@ -111,8 +111,8 @@ def _as_stored(tensor: AffineTensor, bits: int, device: torch.device) -> Quantiz
     """A matrix as the checkpoint holds it; None if its codes are other ones than wanted."""
     group = tensor.group_size
     width = tensor.packed.shape[-1] * 32 // tensor.bits
-    if tensor.bits != bits or not divides(width, bits, group):
+    if tensor.bits != bits or not divides(width, group):
         return None
     codes = torch.from_numpy(unpack(np.asarray(tensor.packed.raw(), dtype=np.uint32), bits))
-    scales, offsets = (as_tensor(part).to(device) for part in (tensor.scales, tensor.biases))
-    return Quantized(in_planes(codes.to(device), bits), scales, offsets, bits, group)
+    steps = torch.stack([as_tensor(tensor.scales), as_tensor(tensor.biases)], -1).to(device)
+    return Quantized(to_words(codes.to(device), bits), steps, bits, group)

@@ -136,8 +136,7 @@ def _joined_matrix(linears: Sequence[Linear]) -> Matrix:
     assert len(packed) == len(linears)
     return Quantized(
         _joined([linear.weight for linear in packed]),
-        _joined([linear.scales for linear in packed]),
-        _joined([linear.offsets for linear in packed]),
+        _joined([linear.steps for linear in packed]),
         first.bits,
         first.group,
     )

@@ -14,9 +14,10 @@ from torch import Tensor
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights
 from qwen2kit_torch.engine.kernels import rows as kernels
-from qwen2kit_torch.engine.packed_products import product
+from qwen2kit_torch.engine.packed_products import product, scratch_for
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import power_of_two
+from qwen2kit_torch.quantized import Quantized
 
 # Attention of layer ``n`` from rotated queries ``[R, H * C]`` into an equally shaped tensor.
 Attend = Callable[[int, Tensor, Tensor], None]
@@ -57,6 +58,7 @@ class Layers:
         self._queries, self._mixed = values(width), values(width)
         self._wide = values(2 * spec.intermediate_size)
         self._gated = values(spec.intermediate_size)
+        self._scratch = scratch_for(_packed(weights), count)
 
     def run_layers(self, attend: Attend) -> None:
         """All layers; the last one's addition to the residual stream is left to `final_norm`."""
@@ -77,7 +79,7 @@ class Layers:
     def _layer(self, index: int, layer: LayerWeights, attend: Attend) -> None:
         spec = self._spec
         self._norm(self.x, self._added if index else None, layer.norm, self._normed)
-        product(self._normed, layer.heads, self._joint, layer.heads_bias)
+        product(self._normed, layer.heads, self._joint, layer.heads_bias, self._scratch)
         keys, values = self._storage.layers[index]
         heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
         kernels.rotate_and_store[(self._r, heads)](
@@ -86,12 +88,12 @@ class Layers:
             spec.head_dim, num_warps=1,
         )  # fmt: skip
         attend(index, self._queries, self._mixed)
-        product(self._mixed, layer.out, self._added)
+        product(self._mixed, layer.out, self._added, scratch=self._scratch)
         self._norm(self.x, self._added, layer.mlp_norm, self._normed)
-        product(self._normed, layer.gate_up, self._wide)
+        product(self._normed, layer.gate_up, self._wide, scratch=self._scratch)
         ffn = spec.intermediate_size
         kernels.silu_times[(self._r, triton.cdiv(ffn, 1024))](self._wide, self._gated, ffn, 1024)
-        product(self._gated, layer.down, self._added)
+        product(self._gated, layer.down, self._added, scratch=self._scratch)
 
     def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, normed: Tensor) -> None:
         """``x += added``, then ``normed`` is its norm."""
@@ -107,3 +109,13 @@ class Layers:
         kernels.embed[(self._r,)](
             self.rows[0], self._weights.embedding, self.x, count, hidden, power_of_two(hidden)
         )
+
+
+def _packed(weights: JoinedWeights) -> list[Quantized]:
+    """The matrices that are held in codes."""
+    return [
+        matrix
+        for layer in weights.layers
+        for matrix in (layer.heads, layer.out, layer.gate_up, layer.down)
+        if isinstance(matrix, Quantized)
+    ]

@@ -2,23 +2,60 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
 
 from qwen2kit_torch.engine.joined import Matrix
 from qwen2kit_torch.engine.kernels import packed
+from qwen2kit_torch.engine.tuning import RowsTile, rows_tile
 from qwen2kit_torch.quantized import Quantized
 
 # More rows than this are worth expanding the matrix for the vendor's product.
-_MOST_ROWS = 64
+MOST_ROWS = 64
 
 
-def product(x: Tensor, matrix: Matrix, out: Tensor, bias: Tensor | None = None) -> None:
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """What the programs of one product leave for each other; products one after the other may
+    share it.
+
+    Attributes:
+        parts: float32, at least as many as `kernels.packed.packed_rows` asks for.
+        arrived: int32, zeros, one for each block of outputs.
+    """
+
+    parts: Tensor
+    arrived: Tensor
+
+
+def scratch_for(matrices: list[Quantized], rows: int) -> Scratch | None:
+    """Enough for products of ``matrices`` with ``rows`` rows; None where there are none."""
+    if not matrices or rows > MOST_ROWS:
+        return None
+    tiles = [(matrix.shape[0], _tile(matrix, rows)) for matrix in matrices]
+    parts = [tile.padded(height) * tile.rows * tile.splits for height, tile in tiles]
+    blocks = [tile.padded(height) // tile.block for height, tile in tiles]
+    device = matrices[0].codes.device
+    return Scratch(
+        torch.empty(max(parts), dtype=torch.float32, device=device),
+        torch.zeros(max(blocks), dtype=torch.int32, device=device),
+    )
+
+
+def product(
+    x: Tensor,
+    matrix: Matrix,
+    out: Tensor,
+    bias: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> None:
     """``out = x @ matrix.T + bias`` for rows ``x`` ``[R, D]``."""
     if isinstance(matrix, Quantized):
-        if len(x) <= _MOST_ROWS:
-            _packed_rows(x, matrix, out, bias)
+        if len(x) <= MOST_ROWS:
+            packed_rows(x, matrix, out, bias, scratch)
             return
         matrix = dequantize(matrix, x.dtype)
     if bias is None:
@@ -27,14 +64,14 @@ def product(x: Tensor, matrix: Matrix, out: Tensor, bias: Tensor | None = None) 
         torch.addmm(bias, x, matrix.t(), out=out)
 
 
-def operands(matrix: Matrix) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[int, int]]:
-    """What kernels of a single row take: weights (or codes), scales and offsets; bits and group.
+def operands(matrix: Matrix) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """What kernels of a single row take: weights (or codes) and steps; bits and group.
 
-    Dense weights have 0 bits, and stand in for scales and offsets, which are not read then.
+    Dense weights have 0 bits, and stand in for steps, which are not read then.
     """
     if isinstance(matrix, Quantized):
-        return (matrix.codes, matrix.scales, matrix.offsets), (matrix.bits, matrix.group)
-    return (matrix, matrix, matrix), (0, 1)
+        return (matrix.codes, matrix.steps), (matrix.bits, matrix.group)
+    return (matrix, matrix), (0, 1)
 
 
 def dequantize(matrix: Quantized, dtype: torch.dtype) -> Tensor:
@@ -42,18 +79,33 @@ def dequantize(matrix: Quantized, dtype: torch.dtype) -> Tensor:
     height, width = matrix.shape
     dense = torch.empty(height, width, dtype=dtype, device=matrix.codes.device)
     block = 1024
-    packed.expand[(height, triton.cdiv(matrix.codes.shape[1], block))](
-        matrix.codes, matrix.scales, matrix.offsets, dense, width, block, matrix.bits, matrix.group
+    packed.expand[(height, triton.cdiv(width * matrix.bits // 8, block))](
+        matrix.codes, matrix.steps, dense, width, block, matrix.bits, matrix.group
     )
     return dense
 
 
-def _packed_rows(x: Tensor, matrix: Quantized, out: Tensor, bias: Tensor | None) -> None:
+def packed_rows(
+    x: Tensor,
+    matrix: Quantized,
+    out: Tensor,
+    bias: Tensor | None,
+    scratch: Scratch | None = None,
+    tile: RowsTile | None = None,
+) -> None:
+    """`product` of up to `MOST_ROWS` rows with codes; ``tile`` instead of the default."""
     height, width = matrix.shape
-    rows = 16 if len(x) <= 16 else 32 if len(x) <= 32 else 64
-    block = 32 if height < 4096 else 64
-    packed.packed_rows[(triton.cdiv(height, block), triton.cdiv(len(x), rows))](
-        x, matrix.codes, matrix.scales, matrix.offsets, x if bias is None else bias, out, len(x),
-        height, width, bias is not None, rows, block, matrix.bits, matrix.group,
-        num_warps=4, num_stages=4,
+    tile = tile or _tile(matrix, len(x))
+    scratch = scratch or scratch_for([matrix], len(x))
+    assert scratch is not None
+    packed.packed_rows[(tile.padded(height) // tile.block, tile.splits)](
+        x, matrix.codes, matrix.steps, x if bias is None else bias, out,
+        scratch.parts, scratch.arrived, len(x), height, width, bias is not None,
+        tile.rows, tile.block, tile.span, tile.splits, tile.stages, matrix.bits, matrix.group,
+        num_warps=tile.warps,
     )  # fmt: skip
+
+
+def _tile(matrix: Quantized, rows: int) -> RowsTile:
+    height, width = matrix.shape
+    return rows_tile(height, width, rows, matrix.bits, matrix.steps.dtype.itemsize)

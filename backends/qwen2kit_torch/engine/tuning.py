@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 _WIDEST = 4096
 _WASTE = 1.34
+_IDLE = 0.15
+_PROGRAMS = 528
+_LEAST_TURNS = 2
+_MOST_SPLITS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,23 @@ class Tiles:
     keys: int = 64
     key_warps: int = 4
     spread: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RowsTile:
+    """Of a program of products of several rows with codes: rows of ``x``, rows of the matrix,
+    columns at once, ranges of columns, warps, stages."""
+
+    rows: int
+    block: int
+    span: int
+    splits: int
+    warps: int
+    stages: int
+
+    def padded(self, height: int) -> int:
+        """``height`` rounded up to whole blocks."""
+        return -(-height // self.block) * self.block
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +90,37 @@ def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
 
 
 def packed_tile(width: int, bits: int) -> Tile:
-    """A tile, in bytes of codes, for a matrix of ``width`` columns in ``bits``."""
-    block = min(2048, power_of_two(width * bits // 8))
-    return Tile(4, block, max(1, min(8, 4 * block // 1024)))
+    """A tile, in bytes of codes, for a single row's product with ``width`` columns in ``bits``.
+
+    Every lane takes 16 bytes of each row, so that no sums of ``x`` are shared between warps.
+    """
+    block = 512
+    while block < 2048 and _idle(width * bits // 8, 2 * block) <= _IDLE:
+        block *= 2
+    return Tile(4, block, block // 512)
+
+
+def rows_tile(height: int, width: int, rows: int, bits: int, itemsize: int) -> RowsTile:
+    """For ``rows`` rows times a matrix ``[height, width]`` in ``bits``; ``itemsize`` of ``x``."""
+    span = 256 if bits == 4 else 128
+    if itemsize > 2:
+        span = 32
+    while width % span:
+        span //= 2
+    block = 64
+    blocks = -(-height // block)
+    splits = max(1, min(_PROGRAMS // blocks, width // span // _LEAST_TURNS, _MOST_SPLITS))
+    return RowsTile(max(16, power_of_two(rows)), block, span, splits, 4, 3)
 
 
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def _idle(width: int, block: int) -> float:
+    """Share of lanes beyond the end of ``width``."""
+    return 1 - width / (-(-width // block) * block)
 
 
 def _tile(rows: int, block: int, warps: int | None = None, repeat: int = 1) -> Tile:

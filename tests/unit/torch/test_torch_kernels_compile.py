@@ -26,7 +26,7 @@ HIDDEN, HEADS, KV_HEADS, SIZE, FFN, VOCAB = 896, 14, 2, 64, 4864, 151936
 KINDS = dict(
     slots="*i32", positions="*i32", tokens="*i32", history="*i32", step="*i32", limit="*i32",
     tiles="*i32", arrived="*i32", best_ids="*i32", parts="*fp32", weights="*fp32", best="*fp32",
-    capacity="i32", count="i32", eps="fp32", scale="fp32", codes="*u8",
+    capacity="i32", count="i32", eps="fp32", scale="fp32", codes="*i32",
 )
 
 def compile(kernel, warps=4, early=False, kinds={}, **constants):
@@ -52,6 +52,7 @@ def compile(kernel, warps=4, early=False, kinds={}, **constants):
         "waits": ptx.count("griddepcontrol.wait"),
         "tensor cores": "mma" in ptx,
         "shared": found.metadata.shared,
+        "moves": ptx.count("st.shared"),
     }
 
 heads = dict(HEADS=HEADS, KV_HEADS=KV_HEADS, SIZE=SIZE)
@@ -59,7 +60,7 @@ split = heads | dict(WINDOW=0, SPLITS=16, SPREAD=2, BLOCK=64, GROUP=16)
 report = {}
 for bits, group, block, warps in ((0, 1, 1024, 2), (4, 64, 512, 2), (8, 64, 1024, 4)):
     form = dict(ROWS=4, BLOCK=block, BITS=bits, GROUP=group)
-    kinds = {"weight": "*u8" if bits else "*bf16"}
+    kinds = {"weight": "*i32" if bits else "*bf16"}
     for kernel, more in (
         (products.project_heads, heads | {"WIDTH": HIDDEN}),
         (products.add_product, dict(HEIGHT=HIDDEN, WIDTH=FFN)),
@@ -83,10 +84,11 @@ report["best_of_blocks"] = compile(
     rows.best_of_blocks, HEIGHT=VOCAB, BLOCKS=75, BLOCK=2048
 )
 for bits in (4, 8):
-    report[f"packed_rows {bits}"] = compile(
-        packed.packed_rows, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=True, ROWS=16, BLOCK=64, BITS=bits,
-        GROUP=64,
-    )
+    for splits in (1, 2):
+        report[f"packed_rows {bits}, {splits} ranges"] = compile(
+            packed.packed_rows, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=True, ROWS=16, BLOCK=64, SPAN=128,
+            SPLITS=splits, STAGES=3, BITS=bits, GROUP=64,
+        )
     report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
 print(json.dumps(report))
 """
@@ -111,4 +113,6 @@ def test_kernels_compile_for_hopper_with_wide_loads() -> None:
             assert found["wide loads"] >= 2, name
         if name.startswith(("attend", "packed_rows")):
             assert found["tensor cores"], name
+        if name.endswith("1 ranges"):
+            assert found["moves"] == 0, name  # codes become operands in their lanes
         assert found["shared"] <= 227 << 10, name

@@ -72,7 +72,7 @@ def test_a_model_computes_with_the_quantised_values(bits: int, group: int) -> No
     made = ours(SPEC, weights, weight_bits=bits, weight_group_size=group)
     for model in (kept, made):
         layer = model.module.model.layers[0]
-        assert layer.mlp.down_proj.weight.dtype == torch.uint8
+        assert layer.mlp.down_proj.weight.dtype == torch.int32
         np.testing.assert_allclose(model.logits(TOKENS), expected.logits(TOKENS), atol=1e-5)
         assert alone(model, TOKENS, 8) == alone(expected, TOKENS, 8)
     for name, tensor in kept.export():
@@ -82,13 +82,14 @@ def test_a_model_computes_with_the_quantised_values(bits: int, group: int) -> No
 
 @pytest.mark.parametrize("group", [32, 64])
 def test_values_are_those_of_pytorchs_own_products(group: int) -> None:
-    from qwen2kit_torch.quantized import quantize
+    from qwen2kit_torch.quantized import from_words, quantize
 
     torch.manual_seed(0)
     matrix = quantize(torch.randn(48, 128), bits=4, group=group)
-    codes = torch.cat([matrix.codes & 15, matrix.codes >> 4], dim=1).int()
+    codes = from_words(matrix.codes, 4).int()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    steps = torch.stack([matrix.scales, matrix.offsets + 8 * matrix.scales], -1).transpose(0, 1)
+    scales, offsets = matrix.steps.unbind(-1)
+    steps = torch.stack([scales, offsets + 8 * scales], -1).transpose(0, 1)
     x = torch.randn(3, 128)
     expected = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, steps.contiguous())
     torch.testing.assert_close(x @ matrix.dense(torch.float32).t(), expected, atol=1e-4, rtol=1e-4)
@@ -113,12 +114,12 @@ def test_a_cpu_expands_what_it_cannot_read_quickly(bits: int, dtype: str) -> Non
     assert alone(model, TOKENS, 8) == alone(dense, TOKENS, 8)
     layer = model.module.model.layers[0].mlp.down_proj
     assert layer._expanded
-    assert layer.scales.numel() == 0
+    assert layer.steps.numel() == 0
     np.testing.assert_allclose(model.logits(TOKENS), dense.logits(TOKENS), atol=1e-5)
     for name, tensor in model.export():
         np.testing.assert_array_equal(tensor.float32(), before.read(name).float32())
     model.load(random_weights(SPEC))
-    assert layer.weight.dtype == torch.uint8
+    assert layer.weight.dtype == torch.int32
     for name, tensor in model.export():
         np.testing.assert_array_equal(tensor.float32(), before.read(name).float32())
 

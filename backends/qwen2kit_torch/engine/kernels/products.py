@@ -23,7 +23,7 @@ def first_tile(
 ):  # fmt: skip
     """The first ``BLOCK`` columns (or bytes of codes) of ``rows`` of a matrix ``[N, WIDTH]``."""
     if BITS > 0:
-        tile = first_codes(weight, rows, WIDTH, BLOCK, BITS, GROUP)
+        tile = first_codes(weight, rows, WIDTH, BLOCK, BITS)
     else:
         columns = tl.arange(0, BLOCK)
         at = weight + rows[:, None] * WIDTH + columns[None, :]
@@ -52,7 +52,7 @@ def inverse_rms(x, eps, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def products(
-    tile, factor, weight, steps, offsets, rows, x, norm, scale,
+    tile, factor, weight, steps, rows, x, norm, scale,
     NORMED: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -60,11 +60,11 @@ def products(
 
     ``tile`` is `first_tile` and ``factor`` the first block of ``norm``; each further tile is asked
     for before the one before it is used. With ``BITS`` the weights are codes with ``steps`` (the
-    scales) and ``offsets`` for every ``GROUP`` of inputs; without, those two are not read.
+    scale and offset of every ``GROUP`` of inputs); without, those are not read.
     """
     if BITS > 0:
         out = packed_products(
-            tile, weight, steps, offsets, rows, x, norm, scale, NORMED, WIDTH, BLOCK, BITS, GROUP
+            tile, weight, steps, rows, x, norm, scale, NORMED, WIDTH, BLOCK, BITS, GROUP
         )
     else:
         out = _dense_products(tile, factor, weight, rows, x, norm, scale, NORMED, WIDTH, BLOCK)
@@ -108,7 +108,7 @@ def _dense_products(
 
 @triton.jit
 def project_heads(
-    x, norm, weight, steps, offsets, bias, cos, sin, slots, positions, queries, keys, values,
+    x, norm, weight, steps, bias, cos, sin, slots, positions, queries, keys, values,
     capacity, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
@@ -119,7 +119,7 @@ def project_heads(
     Args:
         x: residual stream ``[D]``.
         weight, bias: ``[(H + 2K) * C, D]`` and ``[(H + 2K) * C]``.
-        steps, offsets: of weights in ``BITS`` (see `products`).
+        steps: of weights in ``BITS`` (see `products`).
         cos, sin: tables ``[positions, C]``, the first half of ``sin`` negated.
         slots, positions: int32 ``[1]``; nothing is kept in a negative slot.
         queries: out, ``[H * C]``, rotated.
@@ -145,7 +145,6 @@ def project_heads(
             factor,
             weight,
             steps,
-            offsets,
             rows,
             x,
             norm,
@@ -186,7 +185,7 @@ def project_heads(
 
 @triton.jit
 def add_product(
-    x, weight, steps, offsets, residual,
+    x, weight, steps, residual,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
@@ -202,15 +201,13 @@ def add_product(
         cuda.gdc_wait()
     dtype = residual.dtype.element_ty
     before = tl.load(residual + rows).to(tl.float32)
-    out = products(
-        tile, 1.0, weight, steps, offsets, rows, x, x, 1.0, False, WIDTH, BLOCK, BITS, GROUP
-    )
+    out = products(tile, 1.0, weight, steps, rows, x, x, 1.0, False, WIDTH, BLOCK, BITS, GROUP)
     tl.store(residual + rows, (before + out.to(dtype).to(tl.float32)).to(dtype), mask=inside)
 
 
 @triton.jit
 def gate_up(
-    x, norm, weight, steps, offsets, gated, eps,
+    x, norm, weight, steps, gated, eps,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
     PDL: tl.constexpr,
@@ -228,7 +225,7 @@ def gate_up(
         cuda.gdc_wait()
     scale = inverse_rms(x, eps, WIDTH, BLOCK)
     out = products(
-        tile, factor, weight, steps, offsets, rows, x, norm, scale, True, WIDTH, BLOCK, BITS, GROUP
+        tile, factor, weight, steps, rows, x, norm, scale, True, WIDTH, BLOCK, BITS, GROUP
     )
     dtype = gated.dtype.element_ty
     gate, up = tl.split(tl.reshape(out.to(dtype).to(tl.float32), (PAIRS, 2)))
@@ -266,7 +263,7 @@ def head(
         if turn > 0:
             tile = first_tile(weight, rows, WIDTH, BLOCK, 0, 1)
         out = products(
-            tile, factor, weight, weight, weight, rows, x, norm, scale, True, WIDTH, BLOCK, 0, 1
+            tile, factor, weight, weight, rows, x, norm, scale, True, WIDTH, BLOCK, 0, 1
         ).to(dtype)
         tl.store(logits + ids, out, mask=ids < HEIGHT)
         value = out.to(tl.float32)
