@@ -247,7 +247,8 @@ def measure_packed(
         return [round(taken, 2), round(size / taken / 1e3)]
 
     for rows in (1, 16, 64):
-        lines, wrong = [], 0.0
+        lines: list[Any] = []
+        wrong = 0.0
         for item in candidates(name):
             if item[1:4] != (product, bits, rows) or time.monotonic() > end:
                 continue
