@@ -45,12 +45,14 @@ class Tiles:
         warps: among which the inputs are shared out. The same for every number of rows, or a
             row's result would depend on how many there are.
         ahead: chunks that are loaded before any is multiplied.
+        blocks: thread blocks that fit a multiprocessor at least.
     """
 
     tokens: int
     outputs: int
     warps: int = 8
     ahead: int = 2
+    blocks: int = 2
 
 
 def tiles(rows: int, paired: bool = False) -> Tiles:
@@ -148,6 +150,7 @@ class PackedProduct:
             "ROWS": how.outputs,
             "WARPS": how.warps,
             "AHEAD": how.ahead,
+            "BLOCKS": how.blocks,
         }
         name = "packed_product_" + "_".join(map(str, macros.values()))
         if name not in self._made:

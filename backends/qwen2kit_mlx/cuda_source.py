@@ -7,7 +7,8 @@ what makes compiling them a matter of a tenth of a second.
 Defined from outside: ``NAME``; ``BITS`` 4 or 8; ``GROUP`` 32, 64 or 128; ``BF16`` 1 or 0 (float16);
 ``TILES`` blocks of 8 tokens; ``ROWS`` blocks of 16 outputs; ``WARPS`` that share the inputs of a
 thread block; ``AHEAD`` chunks a warp loads before it multiplies; ``PAIRED`` 1 if the weight is a
-gate above an up projection and SwiGLU of both is wanted (``ROWS`` is 2 then), else 0.
+gate above an up projection and SwiGLU of both is wanted (``ROWS`` is 2 then), else 0; ``BLOCKS``
+thread blocks that registers must be left for on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ __device__ __forceinline__ void unpack(u32 w, u32 scale, u32 bias, u32 (&out)[16
    neither on the other rows nor on TILES or ROWS. Weights are the left operand of the tensor cores
    (rows g, g + 8 of thread 4 g + t), tokens the right one (column g); which of the 16 inputs of
    one product stands where is free as long as both sides agree. */
-extern "C" __global__ void __launch_bounds__(32 * WARPS) NAME(
+extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     const u16* x, const u32* w, const u16* scales, const u16* biases, const u16* bias,
     const u16* onto, u16* out, int M, int N, int K, int has_bias, int has_onto) {
   __shared__ float part[WARPS * TOKENS * PITCH];

@@ -35,7 +35,7 @@ static std::unique_ptr<std::barrier<>> block_barrier, warp_barrier[32];
 #define __global__
 #define __forceinline__ inline
 #define __shared__ static
-#define __launch_bounds__(n)
+#define __launch_bounds__(...)
 #define min std::min
 static void __syncthreads() { block_barrier->arrive_and_wait(); }
 

@@ -244,7 +244,8 @@ def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nvrtc_takes_the_source(bits: int, bf16: int) -> None:
-    how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1", "PAIRED": "1"}
+    how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1"}
+    how |= {"PAIRED": "1", "BLOCKS": "2"}
     try:
         code = cubin(
             PRIMITIVES + PRODUCT,
