@@ -1,11 +1,14 @@
 """Load test of ``qwen2kit serve``: many streaming clients for minutes, errors, latency, memory.
 
     python benchmarks/serving.py MODEL [--clients 200] [--seconds 120] [--output FILE.json]
-                                 [--plot FILE.png] [-- OPTIONS OF SERVE]
+                                 [--malformed 500] [--dropped 200] [--plot FILE.png]
+                                 [-- OPTIONS OF SERVE]
 
 Starts a server with room for all clients in its queue. Every client asks, reads the whole stream,
 and asks again with another prompt; a third of the prompts begin alike, as system prompts do. After
-the last answer the server gets SIGTERM and has to exit with 0.
+the last answer the server gets SIGTERM and has to exit with 0. Meanwhile, if asked for, malformed
+requests come in, each of which has to be refused with a status of 400 to 499, and clients that hang
+up after their first token, whose slots others need.
 
 On a GPU, with the 0.5B:
 
@@ -38,6 +41,22 @@ from typing import Any
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "one", "two", "what", "is", "answer", "of", "why"]
 PERCENTILES = (50, 90, 95, 99)
+MALFORMED = (
+    ("POST", "/v1/completions", b"{"),
+    ("POST", "/v1/completions", b"\xff\xfe"),
+    ("POST", "/v1/completions", b"[" * 100_000),
+    ("POST", "/v1/completions", b'{"model": "model"}'),
+    ("POST", "/v1/completions", b'{"model": "model", "prompt": 7}'),
+    ("POST", "/v1/completions", b'{"model": "model", "prompt": [-1]}'),
+    ("POST", "/v1/completions", b'{"model": "another", "prompt": "a"}'),
+    ("POST", "/v1/completions", b'{"model": "model", "prompt": "a", "max_tokens": -1}'),
+    ("POST", "/v1/completions", b'{"model": "model", "prompt": "a", "temperature": "hot"}'),
+    ("POST", "/v1/completions", b'{"model": "model", "prompt": "a", "n": 100000}'),
+    ("POST", "/v1/chat/completions", b'{"model": "model", "messages": []}'),
+    ("POST", "/v1/chat/completions", b'{"model": "model", "messages": [{"role": 1}]}'),
+    ("POST", "/v1/nothing", b"{}"),
+    ("PUT", "/v1/completions", b"{}"),
+)
 WARM_SHARE = 0.25
 """Of the run, after which memory should not grow any more."""
 
@@ -52,6 +71,8 @@ class Results:
     tokens: int = 0
     prompt_tokens: int = 0
     errors: list[str] = field(default_factory=list)
+    refused: int = 0
+    dropped: int = 0
 
 
 class Server:
@@ -60,7 +81,7 @@ class Server:
     def __init__(self, model: str, clients: int, options: Sequence[str]) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qwen2kit", "serve", model, "--port", "0", "--name", "model",
-             "--queue", str(clients), *options],
+             "--queue", str(2 * clients), *options],
             stderr=subprocess.PIPE,
             text=True,
         )  # fmt: skip
@@ -114,16 +135,54 @@ async def client(
             results.errors.append(f"{type(error).__name__}: {error}")
 
 
+async def malformed(server: Server, number: int, delay: float, results: Results) -> None:
+    """One request that has to be refused, after ``delay`` seconds."""
+    await asyncio.sleep(delay)
+    method, path, body = MALFORMED[number % len(MALFORMED)]
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    try:
+        writer.write(_head(server, method, path, len(body)) + body)
+        status = (await asyncio.wait_for(reader.readline(), 60)).decode().split(" ", 2)[1]
+        if not status.startswith("4"):
+            raise ValueError(f"{method} {path} {body[:80]!r}: status {status}")
+        results.refused += 1
+    except (OSError, ValueError, IndexError, TimeoutError) as error:
+        results.errors.append(f"malformed: {type(error).__name__}: {error}")
+    finally:
+        writer.close()
+
+
+async def dropped(server: Server, number: int, delay: float, results: Results) -> None:
+    """One client that hangs up after its first token, after ``delay`` seconds."""
+    await asyncio.sleep(delay)
+    body = {"model": "model", "prompt": f"{number}", "max_tokens": 1000, "stream": True}
+    data = json.dumps(body | {"ignore_eos": True}).encode()
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    try:
+        writer.write(_head(server, "POST", "/v1/completions", len(data)) + data)
+        while line := await asyncio.wait_for(reader.readline(), 120):
+            if line.startswith(b"data: "):
+                results.dropped += 1
+                break
+    except (OSError, TimeoutError) as error:
+        results.errors.append(f"dropped: {type(error).__name__}: {error}")
+    finally:
+        writer.transport.abort()
+
+
+def _head(server: Server, method: str, path: str, length: int) -> bytes:
+    return (
+        f"{method} {path} HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
 async def _ask(server: Server, body: dict[str, Any], results: Results) -> None:
     data = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {server.host}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    )
     start = last = time.perf_counter()
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
-        writer.write(head.encode() + data)
+        writer.write(_head(server, "POST", "/v1/completions", len(data)) + data)
         status = (await reader.readline()).decode().split(" ", 1)[1].strip()
         if not status.startswith("200"):
             raise ValueError(status)
@@ -161,7 +220,12 @@ async def run(server: Server, options: argparse.Namespace) -> tuple[Results, flo
         *(
             client(server, number, start + options.seconds, options.words, new, results)
             for number in range(options.clients)
-        )
+        ),
+        *(
+            kind(server, number, options.seconds * (number + 1) / (count + 1), results)
+            for kind, count in ((malformed, options.malformed), (dropped, options.dropped))
+            for number in range(count)
+        ),
     )
     seconds = time.perf_counter() - start
     memory.cancel()
@@ -222,6 +286,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--words", type=int, default=60, help="longest prompt in words")
     parser.add_argument("--new", default="8,64", help="least and most tokens per answer")
+    parser.add_argument("--malformed", type=int, default=0, help="requests to be refused")
+    parser.add_argument("--dropped", type=int, default=0, help="clients that hang up")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--device", default=platform.processor() or platform.machine())
@@ -246,6 +312,8 @@ def main() -> None:
         "clients": options.clients,
         "seconds": seconds,
         "requests": len(results.whole),
+        "malformed_refused": results.refused,
+        "clients_that_hung_up": results.dropped,
         "errors": len(results.errors),
         "first_errors": results.errors[:5],
         "exit_code": code,
