@@ -6,6 +6,10 @@
 One stream after 512 tokens and 64 streams after 128, greedy, 128 new tokens each, CUDA graphs and
 vLLM's own compilation on, no prefix cache. The time of the same request for one token is taken off,
 so that prefill does not count. Each model runs in a process of its own.
+
+By default vLLM's engine shares the process of the caller; what the environment says goes first, so
+that ``VLLM_ENABLE_V1_MULTIPROCESSING=1`` measures the engine in a process of its own. The mode and
+the other settings stand in the result.
 """
 
 from __future__ import annotations
@@ -26,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
 NEW, REPEATS = 128, 3
 CASES = {"one": (1, 512), "many": (64, 128)}
+MODE = "VLLM_ENABLE_V1_MULTIPROCESSING"
 SETTINGS = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    MODE: "0",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
     "HF_HUB_OFFLINE": "1",
@@ -39,7 +44,8 @@ def decode(name: str) -> dict[str, Any]:
     from qwen2kit.spec.hf import to_hf_config
     from qwen2kit.spec.presets import preset
 
-    os.environ.update(SETTINGS)
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
     import vllm
     from vllm import LLM, SamplingParams
 
@@ -69,7 +75,11 @@ def decode(name: str) -> dict[str, Any]:
         assert sum(len(answer.outputs[0].token_ids) for answer in answers) == streams * new
         return time.perf_counter() - start
 
-    found: dict[str, Any] = {"vllm": vllm.__version__}
+    found: dict[str, Any] = {
+        "vllm": vllm.__version__,
+        "engine_process": "own" if os.environ[MODE] == "1" else "the caller's",
+        "settings": {key: os.environ[key] for key in SETTINGS},
+    }
     for case, (streams, context) in CASES.items():
         seconds(streams, context, 8)
         whole = statistics.median(seconds(streams, context, NEW + 1) for _ in range(REPEATS))
