@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
+from qwen2kit_mlx.memory import bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 
 LOGIT_ROWS = 128  # positions whose vocabulary row exists at the same time
+FEWER = "fewer slots, a shorter context, or a model of fewer bits"
 SUM_BLOCK = 512  # terms added up in one go
 
 
@@ -31,12 +33,14 @@ class DeviceLogits:
         self._decoder, self._hidden_ND, self._device = decoder, hidden_ND, device
         self._only: mx.array | None = None
 
+    @bounded_by_memory(FEWER)
     def greedy(self, limit: int | None) -> list[int]:
         """See `Logits.greedy`."""
         with mx.stream(self._device):
             found = [best_ids(self._slice(rows), limit) for rows in self._slices()]
             return [token for part in found for token in np.asarray(part).tolist()]
 
+    @bounded_by_memory(FEWER)
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
         """See `Logits.shortlist`."""
         parts = []
@@ -46,6 +50,7 @@ class DeviceLogits:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Shortlist(*columns)
 
+    @bounded_by_memory(FEWER)
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """See `Logits.rows`."""
         if not rows:

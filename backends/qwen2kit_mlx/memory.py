@@ -1,8 +1,12 @@
-"""How many slots a device holds, and keeping a Mac from paging the model out."""
+"""How many slots a device holds, saying that it is full, and keeping a Mac from paging the model
+out."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 import mlx.core as mx
@@ -46,6 +50,32 @@ def slots_that_fit(count: int, capacity: int, per_token: int, free: int | None) 
             "are free; ask for fewer tokens (serve: --context), or use --cache-bits 8 or 4"
         )
     return int(min(count, fitting))
+
+
+# MLX raises RuntimeError: Metal's buffers and command buffers, CUDA's pools, any allocator.
+_FULL = re.compile(
+    r"unable to allocate|attempting to allocate|insufficient memory|out of memory|OutOfMemory",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def bounded_by_memory(instead: str) -> Iterator[None]:
+    """Say in one line that the device is full. Also a decorator. Must contain the moment in which
+    arrays are computed, not only the one in which they are asked for.
+
+    Args:
+        instead: what would need less.
+
+    Raises:
+        BackendError: the device is out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if _FULL.search(str(error)) is None:
+            raise
+        raise BackendError(f"the device ran out of memory; use {instead}") from error
 
 
 def free_bytes(device: mx.Device) -> int | None:

@@ -18,11 +18,13 @@ from qwen2kit.generate.prefix import plan_scores
 from qwen2kit.generate.prefix_pack import Pack, pack_steps
 from qwen2kit_mlx.attention import Prompt
 from qwen2kit_mlx.device_logits import LOGIT_ROWS, log_sum_exp
+from qwen2kit_mlx.memory import bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import PREFILL_TOKENS
 from qwen2kit_mlx.slot_store import SlotStore
 from qwen2kit_mlx.tree_attention import Tree
 
+SHORTER = "shorter prompts or a model of fewer bits"
 CPU_PACK = 256  # a CPU is busy with this many tokens; masks make larger packs dearer there
 
 
@@ -57,6 +59,7 @@ def score(
         mx.clear_cache()
 
 
+@bounded_by_memory(SHORTER)
 def _run(decoder: Decoder, store: SlotStore, pack: Pack) -> list[_Part]:
     if not np.array_equal(pack.kept, np.arange(len(pack.kept))):
         store.keep(pack.kept.tolist())
@@ -110,8 +113,10 @@ def _look_up(
 def _read(pack: Pack, parts: Sequence[_Part]) -> Iterator[tuple[int, Score]]:
     count = sum(len(target.tokens) for target in pack.targets)
     logprobs, best = np.empty(count), np.empty(count, dtype=np.bool_)
-    for part in parts:
-        logprobs[part.which], best[part.which] = np.asarray(part.logprobs), np.asarray(part.best)
+    with bounded_by_memory(SHORTER):
+        for part in parts:
+            logprobs[part.which] = np.asarray(part.logprobs)
+            best[part.which] = np.asarray(part.best)
     start = 0
     for target in pack.targets:
         own = slice(start, start + len(target.tokens))

@@ -16,12 +16,13 @@ from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.attention import Attend, Block, Prompt, Segments
 from qwen2kit_mlx.device_logits import DeviceLogits, best_ids
 from qwen2kit_mlx.host_tensor import to_host
-from qwen2kit_mlx.memory import Wired
+from qwen2kit_mlx.memory import Wired, bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import Piece, passes
 from qwen2kit_mlx.saved_slots import fitting
 from qwen2kit_mlx.slot_store import SlotStore
 
+SMALLER = "fewer slots or a shorter context, --cache-bits 8 or 4, or a model of fewer bits"
 CLEAR_EVERY = 256  # greedy steps between returns of unused device buffers
 
 
@@ -48,8 +49,9 @@ class MLXSlots:
         self._held: list[list[int]] = [[] for _ in range(count)]  # kept where the store forgets
         self._wired = Wired().__enter__()
 
+    @bounded_by_memory(SMALLER)
     def feed(self, feeds: Sequence[Feed]) -> DeviceLogits:
-        """See `Slots.feed`."""
+        """See `Slots.feed`. What it gives is computed when it is read."""
         with mx.stream(self._device):
             feeds = [self._complete(feed) for feed in feeds]
             parts: list[mx.array] = []
@@ -83,7 +85,7 @@ class MLXSlots:
         ahead = 1 if self._decoder.kernels.lazy else 0
         running: list[mx.array] = []
         for step in range(steps + ahead):
-            with mx.stream(self._device):
+            with bounded_by_memory(SMALLER), mx.stream(self._device):
                 if step < steps:
                     block = self._block(first, [start + step for start in starts], 1)
                     tokens_B = self._greedy_step(block, tokens_B, limit)
@@ -98,6 +100,7 @@ class MLXSlots:
                     self._held[feed.slot].append(token)
             yield ids
 
+    @bounded_by_memory(SMALLER)
     def copy(self, source: int, target: int, length: int) -> None:
         """See `Slots.copy`."""
         with mx.stream(self._device):
