@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import mlx.core as mx
 
@@ -115,12 +114,7 @@ class Wired:
         self._inside = False
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._inside:
             self._inside = False
             Wired._entered -= 1

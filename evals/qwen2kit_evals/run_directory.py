@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from qwen2kit.backend.loading import LoadedModel
@@ -57,13 +56,8 @@ class RunDirectory:
         self.log.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.log.__exit__(kind, error, trace)
+    def __exit__(self, *error: object) -> None:
+        self.log.__exit__(*error)
 
     def finish(self, document: Mapping[str, Any], samples: Iterable[Mapping[str, Any]]) -> None:
         """Write samples, one a line, and the results; the run is finished then."""

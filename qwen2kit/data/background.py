@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterator
 from queue import Empty, Full, Queue
 from threading import Event, Thread, current_thread
-from types import TracebackType
 from typing import Generic, TypeVar
 
 from qwen2kit.backend.protocol import TokenBatch
@@ -126,12 +125,7 @@ class Prefetched:
     def __enter__(self) -> Prefetched:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _rest(self) -> None:

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Tokens
 from itertools import islice
-from types import TracebackType
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
@@ -216,12 +215,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _admit(self) -> None:

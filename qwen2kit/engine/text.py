@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qwen2kit.backend.protocol import FinishReason, TokenEvent
@@ -143,12 +142,7 @@ class TextEngine:
     def __enter__(self) -> TextEngine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _event(self, key: int, events: list[TokenEvent]) -> TextEvent:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from time import monotonic
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from qwen2kit.train.curve import sparkline
@@ -60,12 +59,7 @@ class LiveTable:
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             if self._last:
                 self._live.update(self._table(), refresh=True)

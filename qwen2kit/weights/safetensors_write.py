@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from types import TracebackType
 
 from qwen2kit.errors import WeightError
 from qwen2kit.partial_file import PartialFile, sync_directory, write_text_atomically
@@ -99,12 +98,7 @@ class SafetensorsFileWriter:
     def __enter__(self) -> SafetensorsFileWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _leave(self, kind)
 
 
@@ -170,12 +164,7 @@ class SafetensorsWriter:
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         _leave(self, kind)
 
 
