@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen2kit.cli.drafting import DraftOption, PromptLookupOption
+from qwen2kit.cli.model_options import (
+    Adapter,
+    BackendName,
+    CacheBits,
+    DeviceName,
+    DType,
+    WeightBits,
+)
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError
 
@@ -27,18 +35,12 @@ def chat(
             f"./runs, else {DEFAULT_MODEL}."
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
-    ] = None,
-    cache_bits: Annotated[
-        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
-    ] = None,
-    weight_bits: Annotated[
-        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
-    ] = None,
+    backend: BackendName = "auto",
+    dtype: DType = "auto",
+    device: DeviceName = "auto",
+    adapter: Adapter = None,
+    cache_bits: CacheBits = None,
+    weight_bits: WeightBits = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Answer this and leave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
