@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from qwen2kit.weights.tensor import DType
 
 Notice = Callable[[str], None]
+LONGEST = 600.0
+"""Seconds that a number of streams may take at the roof; in truth it is several times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +97,8 @@ def bench(
         notice: told what is being measured.
 
     Raises:
-        ConfigError: a sequence is longer than the model takes.
+        ConfigError: a sequence is longer than the model takes, or so many streams take longer
+            than anyone waits.
         BackendError: every section failed.
     """
     if work.longest() > subject.model.limit:
@@ -107,6 +110,9 @@ def bench(
     if meter is not None:
         notice("measuring the device")
     roof = None if meter is None else _roof(subject, meter)
+    if roof is not None:
+        for streams in work.streams:
+            check_streams(roof, streams, work)
     if meter is not None:
         meter.reset_peak()
     failures: list[str] = []
@@ -120,6 +126,29 @@ def bench(
     if failures and not any(sections.values()):
         raise BackendError(f"nothing could be measured; {failures[0]}")
     return {**_facts(subject, meter, roof), **sections, "failures": failures}
+
+
+def check_streams(roof: Roof, streams: int, work: Workload) -> None:
+    """Refuse streams that take more than ``LONGEST`` seconds at the device's very best.
+
+    Raises:
+        ConfigError: they do; says how many do not.
+    """
+
+    def least(count: int) -> float:
+        prompts = 2 * count * roof.prefill(work.prompt)  # once more to warm up
+        return prompts + work.new * roof.decode(work.prompt + work.new / 2, count)
+
+    if least(streams) <= LONGEST:
+        return
+    most = streams
+    while most > 1 and least(most) > LONGEST:
+        most = most * 9 // 10
+    raise ConfigError(
+        f"{streams} streams of {work.prompt} and {work.new} tokens take "
+        f"{least(streams) / 60:,.0f} minutes on this device at best; ask for --streams {most} or "
+        "fewer, or for a shorter --prompt"
+    )
 
 
 def _measurements(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
-from qwen2kit.cli.output import console, emit_json
+from qwen2kit.cli.output import console, emit_json, show_notes
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.bench.measure import OpenDrafter
     from qwen2kit.bench.run import Subject
@@ -78,7 +82,7 @@ def bench(
             subject = _random(random, backend, plan)
         else:
             subject, drafter = _loaded(str(model), backend, plan, draft, prompt_lookup)
-        document = run(subject, work, drafter=drafter, notice=status.update)
+        document = run(subject, work, drafter=drafter, notice=_notice(screen, status))
     for failure in document["failures"]:
         screen.print(f"left out: {failure}", markup=False, soft_wrap=True)
     if json:
@@ -87,6 +91,13 @@ def bench(
         show(document, screen)
     if plot is not None:
         _plot(plot, document)
+
+
+def _notice(screen: Console, status: Status) -> Callable[[str], None]:
+    """The status line, or a line each where there is no terminal to keep one."""
+    if screen.is_terminal:
+        return status.update
+    return lambda text: screen.print(text, markup=False, soft_wrap=True)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
@@ -104,6 +115,7 @@ def _loaded(
     from qwen2kit.bench.run import Subject
 
     loaded = load_model(name, backend=backend, plan=plan)
+    show_notes(loaded.notes)
     subject = Subject(
         name=name,
         backend=loaded.backend,
@@ -130,6 +142,7 @@ def _random(preset_name: str, backend: str, plan: ExecutionPlan) -> Subject:
     weights = RandomSource(spec, "float32" if named == "auto" else named)  # type: ignore[arg-type]
     model = chosen.compile(spec, plan)
     report = model.load(weights)
+    show_notes(report.notes)
     return Subject(
         name=f"{preset_name} (random weights)",
         backend=chosen,

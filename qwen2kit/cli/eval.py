@@ -17,7 +17,7 @@ from qwen2kit.cli.eval_list import list_offers
 from qwen2kit.cli.eval_needle import needle, perplexity
 from qwen2kit.cli.eval_runs import diff, report
 from qwen2kit.cli.eval_team import answer_for, join, launch, one_voice, team_of
-from qwen2kit.cli.output import console, emit_json
+from qwen2kit.cli.output import console, emit_json, show_notes
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -175,6 +175,7 @@ def _run(job: Job, directory: Path) -> EvalResult | None:
         for notice in selection.notices:
             console().print(f"note: {notice}", markup=False)
         loaded = load()
+        show_notes(loaded.notes)
         job.begin(directory)
         with team_of(processes, directory) as team:
             result = run(

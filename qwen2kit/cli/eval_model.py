@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2kit.cli.output import show_notes
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ def load(model: str, *, backend: str, dtype: str, device: str, adapter: str | No
     from qwen2kit.backend.plan import ExecutionPlan
 
     plan = ExecutionPlan(device=device, dtype=dtype)
-    return load_model(model, backend=backend, plan=plan, adapter=adapter)
+    loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
+    show_notes(loaded.notes)
+    return loaded
 
 
 def lengths_of(text: str) -> list[int]:

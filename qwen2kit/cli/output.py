@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,13 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=False)
+
+
+def show_notes(notes: Iterable[str]) -> None:
+    """What a loaded model has to say (`LoadedModel.notes`), a line each on stderr."""
+    screen = console()
+    for note in notes:
+        screen.print(f"note: {note}", markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
-from qwen2kit.cli.output import console
+from qwen2kit.cli.output import console, show_notes
 from qwen2kit.errors import ConfigError, MissingExtra
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def _load(model: str, *, backend: str, plan: ExecutionPlan, adapter: str | None)
 
     with console().status(f"loading {model}"):
         loaded = load_model(model, backend=backend, plan=plan, adapter=adapter)
-    for note in loaded.notes:
-        console().print(f"note: {note}", markup=False)
+    show_notes(loaded.notes)
     return loaded
 
 

@@ -62,6 +62,15 @@ def test_guesses_are_counted(backend: str, tmp_path: Path) -> None:
     assert entries[2]["drafted"] > 0
 
 
+def test_what_becomes_of_packed_weights_is_told() -> None:
+    pytest.importorskip("torch")
+    done = run_cli("bench", "--random", "tiny", "--backend", "torch", "--weight-bits", "8", *SMALL,
+                   "--streams", "", "--contexts", "")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "note: a CPU decodes 8-bit weights" in done.stderr
+    assert "prefill of 8 tokens" in done.stderr  # progress where there is no terminal
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

@@ -25,8 +25,8 @@ from qwen2kit.bench.roof import (
     prefill_flops,
     roof_of,
 )
-from qwen2kit.bench.run import Subject, Workload, bench
-from qwen2kit.errors import BackendError, WeightError
+from qwen2kit.bench.run import Subject, Workload, bench, check_streams
+from qwen2kit.errors import BackendError, ConfigError, WeightError
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.presets import preset
 from qwen2kit.spec.schema import schema
@@ -190,6 +190,19 @@ def test_a_section_that_fails_is_left_out() -> None:
     assert [entry["streams"] for entry in document["throughput"]] == [1]
     with pytest.raises(BackendError, match="nothing could be measured; prefill of 8 tokens: out"):
         measured(0)
+
+
+def test_more_streams_than_anyone_waits_for_are_refused() -> None:
+    roof = Roof(bandwidth=1e9, matmul=1e9, weights=1000, cache=10, spec=preset("tiny"))
+    work = Workload()
+    check_streams(roof, 64, work)
+    with pytest.raises(
+        ConfigError, match=r"100000000 streams of 128 and 64 .* --streams (\d+)"
+    ) as e:
+        check_streams(roof, 100_000_000, work)
+    most = int(str(e.value).split("--streams ")[1].split()[0])
+    assert 64 < most < 100_000_000
+    check_streams(roof, most, work)
 
 
 def test_prompts_differ() -> None:
