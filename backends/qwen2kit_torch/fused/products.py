@@ -194,15 +194,16 @@ def _measured(
     def by(algorithm: bytes) -> Callable[[], None]:
         return lambda: product.run(algorithm, a, b, scratch, bias, added)
 
-    ways: dict[bytes, Callable[[], None]] = {
-        b"": lambda: _by_torch(a, b, scratch, problem.turn_a, problem.turn_b, bias, added)
-    }
+    ways: dict[bytes, Callable[[], None]] = {}
     for algorithm in product.proposals(bias):
         try:
             product.run(algorithm, a, b, scratch, bias, added)
         except CublasLtError:
             continue
         ways[algorithm] = by(algorithm)
+    # PyTorch would copy what a product is added to elsewhere.
+    if onto is None or onto is out or not ways:
+        ways[b""] = lambda: _by_torch(a, b, scratch, problem.turn_a, problem.turn_b, bias, added)
     return fastest(ways)
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from qwen2kit.plan.stages import Stage
 from qwen2kit.spec.schema import EMBED_TOKENS, LM_HEAD
 from qwen2kit_torch.attention import Attend
+from qwen2kit_torch.fused.norm import normed
 from qwen2kit_torch.model import DecoderLayer, Qwen2
 from qwen2kit_torch.parallel.mesh import Mesh
 from qwen2kit_torch.train.batch import MicroBatch
@@ -114,7 +115,7 @@ class TrainStage(nn.Module):
             x = self._decode(x, self._rope(micro, x), micro.visible)
             if not self._place.last:
                 return x
-            x = self.network.model.norm(x)
+            x = self._norm(x)
         return self._loss(x, micro)[None] * self.scale
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -129,6 +130,14 @@ class TrainStage(nn.Module):
         for layer in self.network.model.layers.children():
             x = layer(x, rope, visible, None)
         return x
+
+    def _norm(self, x: Tensor) -> Tensor:
+        """The final norm; nothing compiles it, so plain PyTorch would pass over memory often."""
+        norm = self.network.model.norm
+        if self._tp > 1 or not x.is_cuda:
+            out: Tensor = norm(x)
+            return out
+        return normed(x, norm.weight, norm.eps)[1]
 
     def _rope(self, micro: MicroBatch, x: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = self.network.rotary.tables(micro.length, x.device, self.dtype)
