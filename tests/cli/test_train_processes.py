@@ -53,6 +53,11 @@ def workers(run_dir: Path) -> list[int]:
     ]  # fmt: skip
 
 
+def parent_of(process: int) -> int:
+    ps = ["ps", "-o", "ppid=", "-p", str(process)]
+    return int(subprocess.run(ps, capture_output=True, text=True, check=True).stdout)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     """The losses of an undisturbed run of 60 steps on two processes."""
@@ -103,10 +108,15 @@ def test_a_signal_to_the_command_saves_and_stops(tmp_path: Path) -> None:
     assert workers(run_dir) == []
 
 
-def test_a_killed_command_saves_and_goes_on(whole: dict[int, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["command", "launcher"])
+def test_workers_save_when_what_started_them_is_killed(
+    whole: dict[int, float], tmp_path: Path, victim: str
+) -> None:
     run_dir = tmp_path / "run"
     process = begin(run_dir, "train.steps=60", "checkpoint.every=0", "--nproc", "2")
-    process.kill()
+    launcher = parent_of(workers(run_dir)[0])
+    assert parent_of(launcher) == process.pid
+    os.kill(process.pid if victim == "command" else launcher, signal.SIGKILL)
     process.communicate(timeout=100)
     deadline = time.monotonic() + 100
     while workers(run_dir):
