@@ -33,10 +33,13 @@ class CUDAKernels(NativeKernels):
             return x @ weight + added
         return super().linear(x, weight, added)
 
-    def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    def expect(
+        self, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> None:
         """See `Kernels.expect`: decoding one sequence comes first."""
-        if self._packed is not None and fits(0, bits, dtype):
-            self._packed.prepare(bits, group_size, dtype, 1)
+        width = weight[1].shape[1] * group_size
+        if self._packed is not None and fits(width, bits, weight[1].dtype):
+            self._packed.prepare(weight, bits, group_size)
 
     def affine_linear(
         self,

@@ -27,6 +27,8 @@ STEP: Final = 128
 """Inputs the kernel takes at a time; their number must be a multiple."""
 MOST: Final = 128
 """Rows up to which reading packed weights again and again costs less than dequantising them."""
+WIDE: Final = 8192
+"""Outputs from which on dividing them up keeps a GPU busy."""
 FEW: Final = 8
 """Rows below which MLX's own product with packed weights is the best it has."""
 DENSE_BYTES: Final = 160 << 20
@@ -42,31 +44,36 @@ class Tiles:
     Attributes:
         tokens: rows of the input per thread block, in eights.
         outputs: outputs per thread block, in sixteens.
-        warps: among which the inputs are shared out. The same for every number of rows, or a
-            row's result would depend on how many there are.
+        warps: among which the inputs are shared out.
         ahead: chunks that are loaded before any is multiplied.
         blocks: thread blocks that fit a multiprocessor at least.
     """
 
     tokens: int
     outputs: int
-    warps: int = 8
-    ahead: int = 2
+    warps: int
+    ahead: int = 1
     blocks: int = 2
 
 
-def tiles(rows: int, paired: bool = False) -> Tiles:
-    """What serves a product of so many rows.
+def tiles(rows: int, out: int, width: int, *, paired: bool = False) -> Tiles:
+    """What serves a product, as measured on an H200.
+
+    Rows are treated alike in each of three classes (up to 8, up to 16, more), so that a row's
+    result depends on their number through its class only.
 
     Args:
         rows: N.
+        out, width: of the weight.
         paired: whether it is SwiGLU's, of two outputs each.
     """
+    many = out >= WIDE  # thread blocks for all multiprocessors, even if each has many outputs
     if rows <= 8:
-        return Tiles(tokens=1, outputs=2) if paired else Tiles(tokens=1, outputs=1, ahead=4)
+        warps = 8 if many or width < 16 * STEP else 16
+        return Tiles(tokens=1, outputs=2 if paired else 1, warps=warps)
     if rows <= 16:
-        return Tiles(tokens=2, outputs=2, ahead=1) if paired else Tiles(tokens=2, outputs=1)
-    return Tiles(tokens=4, outputs=2, ahead=1)
+        return Tiles(tokens=2, outputs=2, warps=4 if many else 8, ahead=2 if many else 1)
+    return Tiles(tokens=4, outputs=2, warps=4 if many else 8)
 
 
 def fits(width: int, bits: int, dtype: mx.Dtype) -> bool:
@@ -83,14 +90,17 @@ class PackedProduct:
 
     def __init__(self, architecture: str) -> None:
         self._architecture = architecture
-        self._compiler = ThreadPoolExecutor(max_workers=1, thread_name_prefix="nvrtc")
+        self._compiler = ThreadPoolExecutor(max_workers=4, thread_name_prefix="nvrtc")
         self._made: dict[str, Future[bytes]] = {}
         self._broken = False
 
-    def prepare(self, bits: int, group_size: int, dtype: mx.Dtype, rows: int) -> None:
-        """Have the kernels for such products ready soon."""
-        for paired in (False, True):
-            self._code(bits, group_size, dtype, tiles(rows, paired), paired)
+    def prepare(self, weight: Packed, bits: int, group_size: int) -> None:
+        """Have the kernels for one row and this weight ready soon."""
+        out, dtype = weight[0].shape[0], weight[1].dtype
+        width = weight[1].shape[1] * group_size
+        self._code(bits, group_size, dtype, tiles(1, out, width), paired=False)
+        if out >= WIDE:  # it may be that of SwiGLU
+            self._code(bits, group_size, dtype, tiles(1, out, width, paired=True), paired=True)
 
     def __call__(
         self,
@@ -115,9 +125,10 @@ class PackedProduct:
             how: tiles; those of `tiles` if None.
         """
         rows, width = x.shape
-        out = weight[0].shape[0] // (2 if paired else 1)
-        how = how or tiles(rows, paired)
-        name, code = self._code(bits, group_size, x.dtype, how, paired)
+        out = weight[0].shape[0]
+        how = how or tiles(rows, out, width, paired=paired)
+        name, code = self._code(bits, group_size, x.dtype, how, paired=paired)
+        out = out // 2 if paired else out
         binary = self._wait(code)
         if binary is None:
             return None
@@ -139,7 +150,7 @@ class PackedProduct:
         return found
 
     def _code(
-        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles, paired: bool
+        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles, *, paired: bool
     ) -> tuple[str, Future[bytes]]:
         macros = {
             "BITS": bits,

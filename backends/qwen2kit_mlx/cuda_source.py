@@ -28,6 +28,18 @@ __device__ __forceinline__ uint4 load_once(const uint4* from) {
 __device__ __forceinline__ uint4 load_often(const uint4* from) { return __ldg(from); }
 __device__ __forceinline__ u32 load_half(const u16* from) { return __ldg(from); }
 
+/* What the compiler must keep in a register: an instruction takes one constant only. */
+__device__ __forceinline__ u32 kept(u32 value) {
+  u32 v;
+  asm("mov.b32 %0, %1;" : "=r"(v) : "r"(value));
+  return v;
+}
+__device__ __forceinline__ u32 and_or(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+
 __device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }
 __device__ __forceinline__ float as_float(u32 bits) { return __uint_as_float(bits); }
 
@@ -87,17 +99,19 @@ PRODUCT: Final = r"""
 #endif
 #define CHUNK (512 / BITS)    /* inputs that four threads read of a row with one load each */
 #define PIECE (128 / BITS)    /* inputs of one thread among them: within one group */
+#define STRIDE (WARPS * CHUNK / GROUP)  /* groups from one of a warp's chunks to its next */
 #define TOKENS (8 * TILES)
 #define SUMS (16 * ROWS)
 #define OUTPUTS (PAIRED ? 16 : SUMS)
 #define PITCH (SUMS + 4)      /* without bank conflicts */
 
 /* Weights of word ``w`` in pairs: 4 bits (0,4) (1,5) (2,6) (3,7); 8 bits (0,1) (2,3). */
-__device__ __forceinline__ void unpack(u32 w, u32 scale, u32 bias, u32 (&out)[16 / BITS]) {
+__device__ __forceinline__ void unpack(u32 w, u32 small, u32 scale, u32 bias,
+                                       u32 (&out)[16 / BITS]) {
 #if BITS == 4
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    u32 whole = fma2(((w >> (4 * i)) & 0x000F000Fu) | SMALL, ONE, MINUS_SMALL);
+    u32 whole = fma2(and_or(w >> (4 * i), 0x000F000Fu, small), ONE, MINUS_SMALL);
     out[i] = fma2(whole, scale, bias);
   }
 #elif BF16
@@ -132,23 +146,24 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
   const int first_n = blockIdx.x * OUTPUTS, first_m = blockIdx.y * TOKENS;
   const int chunks = K / CHUNK, groups = K / GROUP;
 
-  const uint4* weights[ROWS][2];
-  int at_group[ROWS][2];
+  const u32 small = kept(SMALL);
+  const uint4* weights[ROWS][2];  /* of this warp's first chunk, moved on with it */
+  const u16 *scale_of[ROWS][2], *shift_of[ROWS][2];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       int n = min(first_n + (PAIRED ? 0 : 16 * r) + 8 * h + g, N - 1) + (PAIRED ? r * N : 0);
-      weights[r][h] = (const uint4*)(w + (unsigned long long)n * (K * BITS / 32)) + t;
-      at_group[r][h] = n * groups;
+      int group = (warp * CHUNK + t * PIECE) / GROUP;
+      weights[r][h] = (const uint4*)(w + (unsigned long long)n * (K * BITS / 32)) + warp * 4 + t;
+      scale_of[r][h] = scales + (unsigned long long)n * groups + group;
+      shift_of[r][h] = biases + (unsigned long long)n * groups + group;
     }
-  const uint4* tokens[TILES];
-  bool there[TILES];
+  const uint4* tokens[TILES];  /* beyond the last row that row again: nothing reads those sums */
 #pragma unroll
   for (int i = 0; i < TILES; ++i) {
-    int m = first_m + 8 * i + g;
-    there[i] = m < M;
-    tokens[i] = (const uint4*)(x + (unsigned long long)min(m, M - 1) * K + t * PIECE);
+    unsigned long long m = min(first_m + 8 * i + g, M - 1);
+    tokens[i] = (const uint4*)(x + m * K + warp * CHUNK + t * PIECE);
   }
 
   float sum[ROWS][TILES][4];
@@ -166,14 +181,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     for (int a = 0; a < AHEAD; ++a) {
       int chunk = start + a * WARPS;
       if (chunk < chunks) {
-        int group = (chunk * CHUNK + t * PIECE) / GROUP;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            packed[a][r][h] = load_once(weights[r][h] + chunk * 4);
-            scale[a][r][h] = load_half(scales + at_group[r][h] + group);
-            shift[a][r][h] = load_half(biases + at_group[r][h] + group);
+            packed[a][r][h] = load_once(weights[r][h] + a * WARPS * 4);
+            scale[a][r][h] = load_half(scale_of[r][h] + a * STRIDE);
+            shift[a][r][h] = load_half(shift_of[r][h] + a * STRIDE);
           }
       }
     }
@@ -186,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
       for (int i = 0; i < TILES; ++i)
 #pragma unroll
         for (int j = 0; j < PIECE / 8; ++j) {
-          uint4 v = make_uint4(0, 0, 0, 0);
-          if (there[i]) v = load_often(tokens[i] + chunk * (CHUNK / 8) + j);
+          uint4 v = load_often(tokens[i] + a * WARPS * (CHUNK / 8) + j);
 #if BITS == 4
           right[i][j][0] = bytes(v.x, v.z, 0x5410);
           right[i][j][1] = bytes(v.x, v.z, 0x7632);
@@ -208,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           u32 up[16 / BITS], low[16 / BITS];
-          unpack(upper[j], s0, b0, up);
-          unpack(lower[j], s1, b1, low);
+          unpack(upper[j], small, s0, b0, up);
+          unpack(lower[j], small, s1, b1, low);
 #pragma unroll
           for (int p = 0; p < 16 / BITS; p += 2) {
             const u32 left[4] = {up[p], low[p], up[p + 1], low[p + 1]};
@@ -226,6 +239,15 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
         }
       }
     }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        weights[r][h] += AHEAD * WARPS * 4;
+        scale_of[r][h] += AHEAD * STRIDE, shift_of[r][h] += AHEAD * STRIDE;
+      }
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) tokens[i] += AHEAD * WARPS * (CHUNK / 8);
   }
 
 #pragma unroll

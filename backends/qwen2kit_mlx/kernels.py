@@ -60,8 +60,10 @@ class Kernels(Protocol):
         """`swiglu` ``[N, out / 2]`` of the first and the second half of `affine_linear`."""
         ...
 
-    def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
-        """Such packed weights, with scales of ``dtype``, will be multiplied soon."""
+    def expect(
+        self, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> None:
+        """These packed weights will be multiplied soon."""
         ...
 
     def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
@@ -129,7 +131,9 @@ class NativeKernels:
         """See `Kernels.affine_swiglu`."""
         return self.swiglu(*mx.split(self.affine_linear(x, weight, bits, group_size), 2, axis=-1))
 
-    def expect(self, bits: int, group_size: int, dtype: mx.Dtype) -> None:
+    def expect(
+        self, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+    ) -> None:
         """See `Kernels.expect`; nothing needs preparing."""
 
     def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:

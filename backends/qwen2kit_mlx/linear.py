@@ -75,7 +75,7 @@ class Affine:
     ) -> None:
         self.kernels, self.weight, self.bias = kernels, weight, bias
         self.bits, self.group_size = bits, group_size
-        kernels.expect(bits, group_size, weight[1].dtype)
+        kernels.expect(weight, bits, group_size)
 
     def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         return self.kernels.affine_linear(

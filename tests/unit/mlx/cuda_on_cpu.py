@@ -44,6 +44,8 @@ static u32 as_bits(float f) { u32 b; std::memcpy(&b, &f, 4); return b; }
 static uint4 load_once(const uint4* from) { return *from; }
 static uint4 load_often(const uint4* from) { return *from; }
 static u32 load_half(const u16* from) { return *from; }
+static u32 kept(u32 value) { return value; }
+static u32 and_or(u32 a, u32 b, u32 c) { return (a & b) | c; }
 static u32 bytes(u32 a, u32 b, u32 which) {
   unsigned long long all = (unsigned long long)b << 32 | a;
   u32 out = 0;

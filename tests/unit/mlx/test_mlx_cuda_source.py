@@ -118,14 +118,17 @@ def test_formats_the_kernel_takes() -> None:
     assert not fits(896, 4, mx.float32), "tensor cores would round to TF32"
 
 
-def test_tiles_share_out_the_inputs_alike() -> None:
-    """Or a row's result would depend on the number of rows."""
-    chosen = [tiles(rows) for rows in range(1, MOST + 1)]
-    assert len({how.warps for how in chosen}) == 1
-    assert tiles(1).tokens == tiles(8).tokens == 1
-    chosen += [tiles(rows, paired=True) for rows in range(1, MOST + 1)]
-    shared = [4 * how.warps * 8 * how.tokens * (16 * how.outputs + 4) for how in chosen]
-    assert max(shared) <= 48 << 10, "more shared memory must be asked for"
+def test_tiles() -> None:
+    """Shared memory suffices without asking for more, and blocks are not split among classes."""
+    shapes = [(4608, 3584), (37888, 3584), (3584, 18944), (1152, 896), (896, 4864), (151936, 896)]
+    for out, width in shapes:
+        for paired in (False, True):
+            chosen = [tiles(rows, out, width, paired=paired) for rows in range(1, MOST + 1)]
+            assert len(set(chosen)) == 3
+            assert [how.tokens for how in chosen[:9]] == [1] * 8 + [2]
+            shared = [4 * how.warps * 8 * how.tokens * (16 * how.outputs + 4) for how in chosen]
+            assert max(shared) <= 48 << 10
+            assert {how.outputs for how in chosen if paired} <= {2}
 
 
 @pytest.mark.parametrize(("out", "width"), [(37888, 3584), (3584, 18944), (896, 4864), (199, 64)])
@@ -155,8 +158,8 @@ def test_without_the_compiler_mlx_multiplies(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("qwen2kit_mlx.cuda_products.cubin", fails)
     kernels = CUDAKernels(fuse=False, architecture="sm_1")
-    kernels.expect(4, 64, mx.bfloat16)
     packed = mx.quantize(normal(32, 128).astype(mx.bfloat16), 64, 4)
+    kernels.expect(packed, 4, 64)
     x = normal(2, 128).astype(mx.bfloat16)
     with pytest.warns(UserWarning, match="multiplied by MLX: NVRTC: no such GPU"):
         got = kernels.affine_linear(x, packed, 4, 64)
