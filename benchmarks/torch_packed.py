@@ -129,20 +129,11 @@ SCRATCH: dict[Any, Any] = {}
 
 def scratches(weights: Any, rows: int, tile: Any) -> Any:
     """Room for parts, shared by all products of a shape."""
-    import torch
-
-    from qwen2kit_torch.engine.packed_products import Scratch, scratch_for
+    from qwen2kit_torch.engine.packed_products import scratch_for
 
     key = (weights.shape, weights.bits, rows, tile)
     if key not in SCRATCH:
-        found = scratch_for([weights], rows)
-        if tile is not None:
-            padded = tile.padded(weights.shape[0])
-            found = Scratch(
-                torch.empty(padded * tile.rows * tile.splits, device="cuda"),
-                torch.zeros(padded // tile.block, dtype=torch.int32, device="cuda"),
-            )
-        SCRATCH[key] = found
+        SCRATCH[key] = scratch_for([weights], rows, tile)
     return SCRATCH[key]
 
 

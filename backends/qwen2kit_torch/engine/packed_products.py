@@ -31,13 +31,18 @@ class Scratch:
     arrived: Tensor
 
 
-def scratch_for(matrices: list[Quantized], rows: int) -> Scratch | None:
+def scratch_for(
+    matrices: list[Quantized], rows: int, tile: RowsTile | None = None
+) -> Scratch | None:
     """Enough for products of ``matrices`` with ``rows`` rows; None where there are none."""
     if not matrices or rows > MOST_ROWS:
         return None
-    tiles = [(matrix.shape[0], _tile(matrix, rows)) for matrix in matrices]
-    parts = [tile.padded(height) * tile.rows * tile.splits for height, tile in tiles]
-    blocks = [tile.padded(height) // tile.block for height, tile in tiles]
+    tiles = [(matrix.shape[0], tile or _tile(matrix, rows)) for matrix in matrices]
+    parts = [
+        each.padded(height) * each.rows * each.splits if each.splits > 1 else 1
+        for height, each in tiles
+    ]
+    blocks = [each.padded(height) // each.block for height, each in tiles]
     device = matrices[0].codes.device
     return Scratch(
         torch.empty(max(parts), dtype=torch.float32, device=device),
@@ -96,7 +101,7 @@ def packed_rows(
     """`product` of up to `MOST_ROWS` rows with codes; ``tile`` instead of the default."""
     height, width = matrix.shape
     tile = tile or _tile(matrix, len(x))
-    scratch = scratch or scratch_for([matrix], len(x))
+    scratch = scratch or scratch_for([matrix], len(x), tile)
     assert scratch is not None
     packed.packed_rows[(tile.padded(height) // tile.block, tile.splits)](
         x, matrix.codes, matrix.steps, x if bias is None else bias, out,

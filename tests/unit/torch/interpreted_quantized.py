@@ -32,6 +32,24 @@ def test_kernels_compute_what_the_expanded_matrix_does(bits: int, group: int) ->
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, 128)])
+def test_numbers_of_16_bits_are_read_in_pairs(bits: int, group: int) -> None:
+    from qwen2kit_torch.engine.packed_products import packed_rows, scratch_for
+    from qwen2kit_torch.engine.tuning import RowsTile
+    from qwen2kit_torch.quantized import quantize
+
+    torch.manual_seed(0)
+    matrix = quantize(torch.randn(40, 512).half(), bits=bits, group=group)
+    x, out = torch.randn(3, 512).half(), torch.empty(3, 40).half()
+    tile = RowsTile(rows=16, block=32, span=64, splits=3, warps=4, stages=2)
+    scratch = scratch_for([matrix], 3, tile)
+    packed_rows(x, matrix, out, None, scratch, tile)
+    expected = x.float() @ matrix.dense(torch.float16).float().t()
+    torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=1e-3)
+    assert scratch is not None
+    assert not scratch.arrived.any()
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
 def test_a_step_of_one_row_reads_packed_weights(bits: int, group: int) -> None:
     model = ours(SPEC, weight_bits=bits, weight_group_size=group)

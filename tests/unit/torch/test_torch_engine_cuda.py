@@ -138,3 +138,25 @@ def test_packed_weights_are_read_exactly(bits: int, group: int) -> None:
         found = slots.feed([feed]).rows(range(rows))
         np.testing.assert_allclose(found, expected[-4 : -4 + rows], atol=1e-4)
     assert alone(model, TOKENS, 20) == alone(plain, TOKENS, 20)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("steps", ["bfloat16", "float16", "float32"])
+def test_packed_products_are_those_of_the_expanded_matrix_whatever_the_other_rows(
+    bits: int, steps: str
+) -> None:
+    from qwen2kit_torch.engine.packed_products import product
+    from qwen2kit_torch.quantized import quantize
+
+    torch.manual_seed(0)
+    weight = torch.randn(1000, 2048, device="cuda", dtype=getattr(torch, steps))
+    matrix = quantize(weight, bits=bits, group=64)
+    x = torch.randn(64, 2048, device="cuda").bfloat16()
+    expected = x.float() @ matrix.dense(torch.bfloat16).float().t()
+    alone = None
+    for rows in (2, 16, 17, 64):
+        out = torch.empty(rows, 1000, device="cuda", dtype=torch.bfloat16)
+        product(x[:rows], matrix, out)
+        torch.testing.assert_close(out.float(), expected[:rows], atol=0.5, rtol=0.01)
+        alone = out if alone is None else alone
+        assert torch.equal(out[:2], alone)
