@@ -105,29 +105,26 @@ PRODUCT: Final = r"""
 #define OUTPUTS (PAIRED ? 16 : SUMS)
 #define PITCH (SUMS + 4)      /* without bank conflicts */
 
-/* Weights of word ``w`` in pairs: 4 bits (0,4) (1,5) (2,6) (3,7); 8 bits (0,1) (2,3). */
-__device__ __forceinline__ void unpack(u32 w, u32 small, u32 scale, u32 bias,
-                                       u32 (&out)[16 / BITS]) {
-#if BITS == 4
+/* Eight weights, the j-th of a piece, in pairs: 4 bits (0,4) (1,5) (2,6) (3,7); 8 bits in order. */
+__device__ __forceinline__ void unpack(const uint4& piece, int j, u32 small, u32 scale, u32 bias,
+                                       u32 (&out)[4]) {
+  const u32 words[4] = {piece.x, piece.y, piece.z, piece.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    u32 whole = fma2(and_or(w >> (4 * i), 0x000F000Fu, small), ONE, MINUS_SMALL);
-    out[i] = fma2(whole, scale, bias);
-  }
-#elif BF16
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {  /* 2**23 + byte in float32: bfloat16 is too narrow for the trick */
-    float low = as_float(bytes(w, 0x4B000000u, 0x7440u + 2 * i)) - 8388608.0f;
-    float high = as_float(bytes(w, 0x4B000000u, 0x7441u + 2 * i)) - 8388608.0f;
-    out[i] = fma2(pack2(low, high), scale, bias);
-  }
+#if BITS == 4
+    u32 whole = fma2(and_or(words[j] >> (4 * i), 0x000F000Fu, small), ONE, MINUS_SMALL);
 #else
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    u32 whole = fma2(bytes(w, 0x64646464u, i ? 0x4342u : 0x4140u), ONE, MINUS_SMALL);
+    u32 word = words[2 * j + i / 2];
+#if BF16  /* 2**23 + byte in float32: bfloat16 is too narrow for the trick */
+    float low = as_float(bytes(word, 0x4B000000u, 0x7440u + 2 * (i % 2))) - 8388608.0f;
+    float high = as_float(bytes(word, 0x4B000000u, 0x7441u + 2 * (i % 2))) - 8388608.0f;
+    u32 whole = pack2(low, high);
+#else
+    u32 whole = fma2(bytes(word, 0x64646464u, i % 2 ? 0x4342u : 0x4140u), ONE, MINUS_SMALL);
+#endif
+#endif
     out[i] = fma2(whole, scale, bias);
   }
-#endif
 }
 
 /* out[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ onto[M, N]); if PAIRED, w is [2 N, K] and
@@ -195,46 +192,32 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     for (int a = 0; a < AHEAD; ++a) {
       int chunk = start + a * WARPS;
       if (chunk >= chunks) break;
-      u32 right[TILES][BITS == 4 ? 4 : 2][4];  /* this thread's inputs, PIECE per tile */
 #pragma unroll
-      for (int i = 0; i < TILES; ++i)
+      for (int j = 0; j < PIECE / 8; ++j) {  /* eight inputs of this thread, of every token */
+        u32 right[TILES][4];
 #pragma unroll
-        for (int j = 0; j < PIECE / 8; ++j) {
+        for (int i = 0; i < TILES; ++i) {
           uint4 v = load_often(tokens[i] + a * WARPS * (CHUNK / 8) + j);
 #if BITS == 4
-          right[i][j][0] = bytes(v.x, v.z, 0x5410);
-          right[i][j][1] = bytes(v.x, v.z, 0x7632);
-          right[i][j][2] = bytes(v.y, v.w, 0x5410);
-          right[i][j][3] = bytes(v.y, v.w, 0x7632);
+          right[i][0] = bytes(v.x, v.z, 0x5410), right[i][1] = bytes(v.x, v.z, 0x7632);
+          right[i][2] = bytes(v.y, v.w, 0x5410), right[i][3] = bytes(v.y, v.w, 0x7632);
 #else
-          right[i][j][0] = v.x, right[i][j][1] = v.y, right[i][j][2] = v.z, right[i][j][3] = v.w;
+          right[i][0] = v.x, right[i][1] = v.y, right[i][2] = v.z, right[i][3] = v.w;
 #endif
         }
 #pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        u32 s0 = bytes(scale[a][r][0], 0, 0x1010), b0 = bytes(shift[a][r][0], 0, 0x1010);
-        u32 s1 = bytes(scale[a][r][1], 0, 0x1010), b1 = bytes(shift[a][r][1], 0, 0x1010);
-        const u32 upper[4] = {packed[a][r][0].x, packed[a][r][0].y, packed[a][r][0].z,
-                              packed[a][r][0].w};
-        const u32 lower[4] = {packed[a][r][1].x, packed[a][r][1].y, packed[a][r][1].z,
-                              packed[a][r][1].w};
+        for (int r = 0; r < ROWS; ++r) {
+          u32 up[4], low[4];
+          unpack(packed[a][r][0], j, small, bytes(scale[a][r][0], 0, 0x1010),
+                 bytes(shift[a][r][0], 0, 0x1010), up);
+          unpack(packed[a][r][1], j, small, bytes(scale[a][r][1], 0, 0x1010),
+                 bytes(shift[a][r][1], 0, 0x1010), low);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          u32 up[16 / BITS], low[16 / BITS];
-          unpack(upper[j], small, s0, b0, up);
-          unpack(lower[j], small, s1, b1, low);
-#pragma unroll
-          for (int p = 0; p < 16 / BITS; p += 2) {
+          for (int p = 0; p < 4; p += 2) {
             const u32 left[4] = {up[p], low[p], up[p + 1], low[p + 1]};
 #pragma unroll
-            for (int i = 0; i < TILES; ++i) {
-#if BITS == 4
-              multiply_add(sum[r][i], left, right[i][j][p], right[i][j][p + 1]);
-#else
-              multiply_add(sum[r][i], left, right[i][j / 2][2 * (j % 2)],
-                           right[i][j / 2][2 * (j % 2) + 1]);
-#endif
-            }
+            for (int i = 0; i < TILES; ++i)
+              multiply_add(sum[r][i], left, right[i][p], right[i][p + 1]);
           }
         }
       }
