@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
+from qwen2kit.cli.model_options import (
+    BackendName,
+    CacheBits,
+    DeviceName,
+    DType,
+    OptionalModel,
+    WeightBits,
+)
 from qwen2kit.cli.output import console, emit_json, show_notes
 from qwen2kit.errors import ConfigError
 
@@ -22,22 +30,16 @@ if TYPE_CHECKING:
 
 
 def bench(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, GGUF file, run directory or hub id.")
-    ] = None,
+    model: OptionalModel = None,
     random: Annotated[
         str | None,
         typer.Option(help="Random weights of a preset instead, e.g. qwen2-7b: needs no files."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
-    weight_bits: Annotated[
-        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
-    ] = None,
-    cache_bits: Annotated[
-        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
-    ] = None,
+    backend: BackendName = "auto",
+    dtype: DType = "auto",
+    device: DeviceName = "auto",
+    weight_bits: WeightBits = None,
+    cache_bits: CacheBits = None,
     prefill: Annotated[str, typer.Option(help="Prompt lengths in tokens; '' skips.")] = (
         "128,512,2048"
     ),

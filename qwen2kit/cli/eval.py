@@ -17,6 +17,7 @@ from qwen2kit.cli.eval_list import list_offers
 from qwen2kit.cli.eval_needle import needle, perplexity
 from qwen2kit.cli.eval_runs import diff, report
 from qwen2kit.cli.eval_team import answer_for, join, launch, one_voice, team_of
+from qwen2kit.cli.model_options import Adapter, BackendName, DeviceName, DType, OptionalModel
 from qwen2kit.cli.output import console, emit_json, show_notes
 from qwen2kit.errors import ConfigError, MissingExtra
 
@@ -34,9 +35,7 @@ evaluation = typer.Typer(
 
 @evaluation.command(DEFAULT)
 def evaluate(
-    model: Annotated[
-        str | None, typer.Argument(help="Directory, GGUF file, run directory or hub id.")
-    ] = None,
+    model: OptionalModel = None,
     tasks: Annotated[str, typer.Option(help="Tasks, groups or globs: mmlu,gsm8k,'bbh_*'.")] = "",
     suite: Annotated[
         str | None, typer.Option(help="qwen2-base or qwen2-instruct: the report's benchmarks.")
@@ -44,12 +43,10 @@ def evaluate(
     compare: Annotated[
         str | None, typer.Option(help="Show the published scores of this model: qwen2-7b, ...")
     ] = None,
-    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
-    ] = None,
+    backend: BackendName = "auto",
+    dtype: DType = "auto",
+    device: DeviceName = "auto",
+    adapter: Adapter = None,
     limit: Annotated[
         float | None, typer.Option(help="Documents per task; below 1 a fraction.")
     ] = None,

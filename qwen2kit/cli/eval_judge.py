@@ -7,17 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen2kit.cli.eval_model import (
-    Adapter,
-    BackendName,
-    BatchSize,
-    DeviceName,
-    DType,
-    Json,
-    Model,
-    Output,
-    load,
-)
+from qwen2kit.cli.eval_model import BatchSize, Json, Output, load
+from qwen2kit.cli.model_options import Adapter, BackendName, DeviceName, DType, Model
 from qwen2kit.cli.output import console, emit_json
 
 if TYPE_CHECKING:

@@ -13,11 +13,6 @@ from qwen2kit.errors import ConfigError
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
 
-Model = Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")]
-BackendName = Annotated[str, typer.Option("--backend", help="torch, mlx or auto.")]
-DType = Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")]
-DeviceName = Annotated[str, typer.Option("--device", help="A device of the backend; see doctor.")]
-Adapter = Annotated[str | None, typer.Option(help="LoRA adapter: directory, run or hub id.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(min=1, help="Prompts generated together; default what suits the device."),

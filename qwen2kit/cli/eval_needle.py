@@ -9,19 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwen2kit.cli.eval_model import (
-    Adapter,
-    BackendName,
     BatchSize,
     ChatTemplate,
-    DeviceName,
-    DType,
     Json,
-    Model,
     Output,
     lengths_of,
     load,
     numbers_of,
 )
+from qwen2kit.cli.model_options import Adapter, BackendName, DeviceName, DType, Model
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import MissingExtra
 

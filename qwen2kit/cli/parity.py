@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwen2kit.cli.model_options import Model
 from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError, ParityError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def parity(
-    model: Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")],
+    model: Model,
     backends: Annotated[
         str, typer.Option(help="Our backends, comma-separated; auto: every installed one.")
     ] = "auto",

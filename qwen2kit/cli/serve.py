@@ -10,6 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
+from qwen2kit.cli.model_options import (
+    Adapter,
+    BackendName,
+    CacheBits,
+    DeviceName,
+    DType,
+    Model,
+    WeightBits,
+)
 from qwen2kit.cli.output import console, show_notes
 from qwen2kit.errors import ConfigError, MissingExtra
 
@@ -23,7 +32,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Directory, GGUF file, run directory or hub id.")],
+    model: Model,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
@@ -37,18 +46,12 @@ def serve(
             help="Asked of every client as bearer token; the variable hides it from ps.",
         ),
     ] = None,
-    backend: Annotated[str, typer.Option(help="torch, mlx or auto.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="A device of the backend; see doctor.")] = "auto",
-    adapter: Annotated[
-        str | None, typer.Option(help="LoRA adapter of the model: directory, run or hub id.")
-    ] = None,
-    cache_bits: Annotated[
-        int | None, typer.Option(help="Keep keys and values in 8 or 4 bits (mlx).")
-    ] = None,
-    weight_bits: Annotated[
-        int | None, typer.Option(help="Quantise the layers to 8 or 4 bits while loading (torch).")
-    ] = None,
+    backend: BackendName = "auto",
+    dtype: DType = "auto",
+    device: DeviceName = "auto",
+    adapter: Adapter = None,
+    cache_bits: CacheBits = None,
+    weight_bits: WeightBits = None,
     context: Annotated[
         int, typer.Option(min=2, help="Longest sequence, prompt and answer, in tokens.")
     ] = 8192,
