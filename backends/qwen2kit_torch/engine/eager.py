@@ -41,6 +41,7 @@ class EagerSlots:
                 capacity=capacity,
                 device=weight.device,
                 dtype=weight.dtype,
+                anchored=model.anchored,
             )
         self.count, self.capacity = self._storage.count, capacity
 

@@ -13,8 +13,9 @@ from qwen2kit_torch.engine.kernels import packed
 from qwen2kit_torch.engine.tuning import RowsTile, rows_tile
 from qwen2kit_torch.quantized import Quantized
 
-# More rows than this are worth expanding the matrix for the vendor's product.
+# Rows of one launch, and more than which are worth expanding the matrix for the vendor's product.
 MOST_ROWS = 64
+_EXPANDED = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +35,10 @@ class Scratch:
 def scratch_for(
     matrices: list[Quantized], rows: int, tile: RowsTile | None = None
 ) -> Scratch | None:
-    """Enough for products of ``matrices`` with ``rows`` rows; None where there are none."""
-    if not matrices or rows > MOST_ROWS:
+    """Enough for products of ``matrices`` with ``rows`` rows; None where none is needed."""
+    if not matrices or rows > _EXPANDED:
         return None
+    rows = min(rows, MOST_ROWS)
     tiles = [(matrix.shape[0], tile or _tile(matrix, rows)) for matrix in matrices]
     parts = [
         each.padded(height) * each.rows * each.splits if each.splits > 1 else 1
@@ -59,8 +61,9 @@ def product(
 ) -> None:
     """``out = x @ matrix.T + bias`` for rows ``x`` ``[R, D]``."""
     if isinstance(matrix, Quantized):
-        if len(x) <= MOST_ROWS:
-            packed_rows(x, matrix, out, bias, scratch)
+        if len(x) <= _EXPANDED:
+            for part, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
+                packed_rows(part, matrix, into, bias, scratch)
             return
         matrix = dequantize(matrix, x.dtype)
     if bias is None:

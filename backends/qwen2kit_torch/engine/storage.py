@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qwen2kit.backend.slots import ANCHORED_KEYS
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.tensor import HostTensor
@@ -31,6 +32,8 @@ class Storage:
         capacity: P.
         device: where it lives.
         dtype: compute dtype of the model.
+        anchored: whether keys stand less their bias (`Qwen2.anchor_keys`); saved, they have
+            another name, since they mix with others unnoticed.
 
     Attributes:
         count: S.
@@ -49,7 +52,9 @@ class Storage:
         capacity: int,
         device: torch.device,
         dtype: torch.dtype,
+        anchored: bool = False,
     ) -> None:
+        self._names = (ANCHORED_KEYS if anchored else "keys", "values")
         one = slot_bytes(spec, capacity, dtype)
         room = int(free_memory(device) * (1 - _HEADROOM))
         if room < one:
@@ -75,9 +80,10 @@ class Storage:
                 part[target, :, :length] = part[source, :, :length]
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
-        """``layers.{i}.keys`` and ``.values`` of the first ``length`` positions, ``[K, n, C]``."""
+        """``layers.{i}.keys`` (`ANCHORED_KEYS` where they are) and ``.values`` of the first
+        ``length`` positions, ``[K, n, C]``."""
         for index, pair in enumerate(self.layers):
-            for name, part in zip(("keys", "values"), pair, strict=True):
+            for name, part in zip(self._names, pair, strict=True):
                 yield f"layers.{index}.{name}", as_host(part[slot, :, :length])
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
@@ -89,7 +95,7 @@ class Storage:
         places = {
             f"layers.{index}.{name}": part[slot]
             for index, pair in enumerate(self.layers)
-            for name, part in zip(("keys", "values"), pair, strict=True)
+            for name, part in zip(self._names, pair, strict=True)
         }
         for name, host in tensors:
             place, value = places.pop(name, None), as_tensor(host)
