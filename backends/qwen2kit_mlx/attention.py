@@ -39,10 +39,21 @@ class Heads:
         rotary: its rotations.
         kernels: who computes.
         dtype: the compute dtype.
+        anchors: ``[K, C]`` of every layer, which its keys stand without (see `rotary`), or None.
+
+    Attributes:
+        anchors: as given.
     """
 
-    def __init__(self, spec: ModelSpec, rotary: Rotary, kernels: Kernels, dtype: mx.Dtype) -> None:
-        self.rotary, self.kernels, self._dtype = rotary, kernels, dtype
+    def __init__(
+        self,
+        spec: ModelSpec,
+        rotary: Rotary,
+        kernels: Kernels,
+        dtype: mx.Dtype,
+        anchors: Sequence[mx.array] | None,
+    ) -> None:
+        self.rotary, self.kernels, self._dtype, self.anchors = rotary, kernels, dtype, anchors
         self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
         self.kinds = set(self.windows)
@@ -58,12 +69,15 @@ class Heads:
         }
 
     def rotated(
-        self, stacked_BTGC: mx.array, rotation: Rotation
+        self, layer: int, stacked_BTGC: mx.array, rotation: Rotation
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Queries ``[B, H, T, C]`` and keys ``[B, K, T, C]``, rotated, and values like keys."""
         stacked = stacked_BTGC.transpose(0, 2, 1, 3)
         turned = rotation(stacked[:, : self.query + self.kv])
-        return turned[:, : self.query], turned[:, self.query :], stacked[:, self.query + self.kv :]
+        keys = turned[:, self.query :]
+        if self.anchors is not None:
+            keys = keys + rotation.drift(self.anchors[layer][:, None])
+        return turned[:, : self.query], keys, stacked[:, self.query + self.kv :]
 
     def attention(
         self, q_BHTC: mx.array, columns: Columns, rows: slice, end: int, seen: View
@@ -90,7 +104,7 @@ class Fresh:
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`."""
         heads = self._heads
-        q, k, v = heads.rotated(stacked_BTGC, self._rotation)
+        q, k, v = heads.rotated(layer, stacked_BTGC, self._rotation)
         mask, scale = self._views[heads.windows[layer]].mask, heads.rotary.score_scale
         return joined(heads.kernels.attention(q, k, v, scale, mask))
 
@@ -120,7 +134,7 @@ class Prompt:
         heads, columns = self._heads, self._store.layers[layer]
         window = heads.windows[layer]
         start = self._starts[window]
-        q, k, v = heads.rotated(stacked_BTGC, self._rotation)
+        q, k, v = heads.rotated(layer, stacked_BTGC, self._rotation)
         columns.write_row(self._row, start, k[0], v[0])
         rows = slice(self._row, self._row + 1)
         return heads.attention(q, columns, rows, start + self._count, self._views[window])
@@ -157,6 +171,9 @@ class Block:
         rotated_BTGC = self._rotation(stacked_BTGC)
         rows, count, _, width = rotated_BTGC.shape
         new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
+        if heads.anchors is not None:
+            drift_BTKC = self._rotation.drift(heads.anchors[layer])
+            new = mx.stack([new[:, :, 0] + drift_BTKC, new[:, :, 1]], axis=2)
         columns.write(place, new)
         q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
         seen, end = self._views[window], self._ends[window]

@@ -58,7 +58,9 @@ class MLXModel:
     def load(self, weights: WeightSource) -> LoadReport:
         """See `CompiledModel.load`; MLX-quantised tensors stay packed."""
         started = time.perf_counter()
-        loader = WeightLoader(self.spec, self._kernels, self._dtype)
+        # In 16 bits rotations are MLX's own. Packed caches hold what mlx-lm's hold.
+        anchored = self._dtype == mx.float32 and self._cache_bits is None
+        loader = WeightLoader(self.spec, self._kernels, self._dtype, anchored=anchored)
         with mx.stream(self._device):
             params = loader.load(weights)
             self._decoder = Decoder(self.spec, params, self._kernels, self._dtype)

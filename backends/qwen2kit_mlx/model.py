@@ -26,10 +26,15 @@ Step = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerParams:
-    """Parameters of one decoder layer; ``qkv`` and ``gate_up`` are stacked matrices."""
+    """Parameters of one decoder layer; ``qkv`` and ``gate_up`` are stacked matrices.
+
+    Attributes:
+        anchor: the bias ``[K, C]`` that keys are computed without (see `rotary`), or None.
+    """
 
     input_norm: mx.array
     qkv: Matrix
+    anchor: mx.array | None
     o: Matrix
     post_norm: mx.array
     gate_up: Matrix
@@ -63,8 +68,9 @@ class Decoder:
         self, spec: ModelSpec, params: ModelParams, kernels: Kernels, dtype: mx.Dtype
     ) -> None:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
-        self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype)
         layers = params.layers
+        anchors = [layer.anchor for layer in layers if layer.anchor is not None]
+        self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype, anchors or None)
         self._between: list[Step] = [
             Between(spec.rms_norm_eps, layer, following)
             for layer, following in zip(layers, (*layers[1:], None), strict=True)

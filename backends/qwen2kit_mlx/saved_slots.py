@@ -6,14 +6,26 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
+from qwen2kit.backend.slots import ANCHORED_KEYS
 from qwen2kit.errors import WeightError
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_mlx.host_tensor import to_device, to_host
 from qwen2kit_mlx.slot_store import SlotStore
 
 
+def saved_name(layer: int, part: str, anchored: bool) -> str:
+    """The name of a part of a saved slot.
+
+    Args:
+        layer: which.
+        part: its name in `Columns.export`.
+        anchored: whether keys stand less their bias, which they are called otherwise for.
+    """
+    return f"layers.{layer}.{part.replace('keys', ANCHORED_KEYS) if anchored else part}"
+
+
 def fitting(
-    store: SlotStore, given: Mapping[str, HostTensor], capacity: int
+    store: SlotStore, given: Mapping[str, HostTensor], capacity: int, anchored: bool
 ) -> list[dict[str, mx.array]]:
     """The parts of every layer on the device, for `Columns.restore`.
 
@@ -21,12 +33,15 @@ def fitting(
         store: what they shall go into.
         given: tensors by name, as `PersistentSlots.export` names them.
         capacity: most tokens a slot holds.
+        anchored: as for `saved_name`.
 
     Raises:
         WeightError: names, shapes or dtypes are not those of the store.
     """
     blank = [layer.export(0, 0) for layer in store.layers]
-    names = [[f"layers.{index}.{name}" for name in parts] for index, parts in enumerate(blank)]
+    names = [
+        [saved_name(index, name, anchored) for name in parts] for index, parts in enumerate(blank)
+    ]
     if set(given) != {name for layer in names for name in layer}:
         raise WeightError(
             f"the saved prompt does not hold the keys and values of {len(blank)} layers in the "

@@ -19,7 +19,7 @@ from qwen2kit_mlx.host_tensor import to_host
 from qwen2kit_mlx.memory import Wired, bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import Piece, passes
-from qwen2kit_mlx.saved_slots import fitting
+from qwen2kit_mlx.saved_slots import fitting, saved_name
 from qwen2kit_mlx.slot_store import SlotStore
 
 SMALLER = "fewer slots or a shorter context, --cache-bits 8 or 4, or a model of fewer bits"
@@ -43,6 +43,7 @@ class MLXSlots:
     ) -> None:
         self.count, self.capacity = count, capacity
         self._decoder, self._device = decoder, device
+        self._anchored = decoder.heads.anchors is not None
         with mx.stream(device):
             self._store = SlotStore(decoder.spec, count, decoder.dtype, bits, capacity)
         self._row = list(range(count))
@@ -126,14 +127,14 @@ class MLXSlots:
                 parts = layer.export(self._row[slot], length)
                 tensors = {name: to_host(mx.contiguous(part)) for name, part in parts.items()}
             for name, tensor in tensors.items():
-                yield f"layers.{index}.{name}", tensor
+                yield saved_name(index, name, self._anchored), tensor
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:
         """See `PersistentSlots.restore`; also raises what `export` does."""
         self._refuse_if_forgetful()
         given = dict(tensors)
         with mx.stream(self._device):
-            parts = fitting(self._store, given, self.capacity)
+            parts = fitting(self._store, given, self.capacity, self._anchored)
             for window in set(self._store.windows):
                 self._store.reserve(window, parts[0]["keys"].shape[1])
             for layer, part in zip(self._store.layers, parts, strict=True):

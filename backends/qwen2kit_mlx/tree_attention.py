@@ -44,7 +44,7 @@ class Tree:
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """See `Attend`; B is 1."""
         heads, columns = self._heads, self._store.layers[layer]
-        q, k, v = heads.rotated(stacked_BTGC, self._rotation)
+        q, k, v = heads.rotated(layer, stacked_BTGC, self._rotation)
         columns.write_row(0, self._start, k[0], v[0])
         seen = self._views[heads.windows[layer]]
         return heads.attention(q, columns, slice(0, 1), self._end, seen)

@@ -31,7 +31,8 @@ GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 LOADED_BYTES = 256 << 20
 """What is read together: one wait for each such portion, and at most two of them in two copies."""
-_QKV = ("q_proj", "k_proj", "v_proj")
+_KEYS = "k_proj"
+_QKV = ("q_proj", _KEYS, "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
 
 
@@ -56,13 +57,17 @@ class WeightLoader:
         spec: the model.
         kernels: handed to the matrices.
         dtype: compute dtype; dense tensors are stored in it, packed ones keep their integers.
+        anchored: hold the biases of keys apart, as `LayerParams.anchor`.
 
     Attributes:
         tensors, bytes: how much was taken from the source.
     """
 
-    def __init__(self, spec: ModelSpec, kernels: Kernels, dtype: mx.Dtype) -> None:
+    def __init__(
+        self, spec: ModelSpec, kernels: Kernels, dtype: mx.Dtype, *, anchored: bool
+    ) -> None:
         self._spec, self._kernels, self._dtype = spec, kernels, dtype
+        self._anchored = anchored
         self._homes: dict[str, _Home] = {}
         self._unread: dict[Path, dict[str, mx.array]] = {}
         self._update: Callable[[str], LowRank | None] = lambda name: None
@@ -108,9 +113,14 @@ class WeightLoader:
             yield param.name, tensor
 
     def _layer(self, weights: WeightSource, modules: dict[str, dict[str, Param]]) -> LayerParams:
+        anchor = None
+        if self._anchored:
+            anchor = self._vector(weights, modules[_KEYS]["bias"].name)
+            anchor = anchor.reshape(-1, self._spec.head_dim)
         return LayerParams(
             input_norm=self._vector(weights, modules["input_layernorm"]["weight"].name),
             qkv=self._stack(weights, [modules[name] for name in _QKV]),
+            anchor=anchor,
             o=self._stack(weights, [modules["o_proj"]]),
             post_norm=self._vector(weights, modules["post_attention_layernorm"]["weight"].name),
             gate_up=self._stack(weights, [modules[name] for name in _GATE_UP]),
@@ -136,7 +146,7 @@ class WeightLoader:
         start = 0
         for module, part, size in zip(modules, parts, sizes, strict=True):
             self._homes[module["weight"].name] = _Home(stacked, start, start + size)
-            if part.bias is not None:
+            if part.bias is not None and module["bias"].name not in self._homes:
                 bias, first = (part.bias, 0) if stacked.bias is None else (stacked.bias, start)
                 self._homes[module["bias"].name] = _Home(bias, first, first + size)
             start += size
@@ -144,9 +154,13 @@ class WeightLoader:
 
     def _part(self, weights: WeightSource, module: dict[str, Param]) -> Single:
         bias = module.get("bias")
-        return self._matrix(
-            weights, module["weight"].name, self._dense(weights.read(bias.name)) if bias else None
-        )
+        if bias is None:
+            return self._matrix(weights, module["weight"].name, None)
+        if bias.name in self._homes:  # held apart
+            vector = mx.zeros(bias.shape, dtype=self._dtype)
+        else:
+            vector = self._dense(weights.read(bias.name))
+        return self._matrix(weights, module["weight"].name, vector)
 
     def _matrix(self, weights: WeightSource, name: str, bias: mx.array | None) -> Single:
         affine = weights.affine(name)
@@ -181,7 +195,8 @@ def _opened(path: Path) -> dict[str, mx.array]:
 def _arrays(layer: LayerParams) -> list[mx.array]:
     matrices = (layer.qkv, layer.o, layer.gate_up, layer.down)
     stored = [array for matrix in matrices for array in matrix.arrays()]
-    return [layer.input_norm, layer.post_norm, *stored]
+    anchor = [] if layer.anchor is None else [layer.anchor]
+    return [layer.input_norm, layer.post_norm, *anchor, *stored]
 
 
 def _stacked(parts: list[Single], sizes: list[int]) -> Matrix:

@@ -51,13 +51,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs] -> [..., outputs]``."""
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` with another bias ``[outputs]``, or without one."""
         if self.tuned:
-            return linear_onto(x, self.weight, self.bias, None)
+            return linear_onto(x, self.weight, bias, None)
         if not torch.is_grad_enabled():
             if self._packed is not None:
-                return packed_linear(x, self._packed, self.bias)
-            return linear(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+                return packed_linear(x, self._packed, bias)
+            return linear(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
 
     def pack(self) -> None:
         """Move a frozen weight into oneDNN's blocked layout, if that helps on this device.

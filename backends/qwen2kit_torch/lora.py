@@ -66,13 +66,13 @@ class FrozenLinear(Linear):
         """``(outputs, inputs)``."""
         return self.out_features, self.in_features
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs] -> [..., outputs]``."""
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``, see `Linear.product`."""
         narrow = x.to(self.dtype)
         if self.nf4:
-            out = nf4_linear(narrow, self.weight, self.absmax, self.bias, self.out_features)
+            out = nf4_linear(narrow, self.weight, self.absmax, bias, self.out_features)
         else:
-            out = F.linear(narrow, self.weight, self.bias)
+            out = F.linear(narrow, self.weight, bias)
         return out if torch.is_autocast_enabled(x.device.type) else out.to(x.dtype)
 
     def pack(self) -> None:
@@ -102,9 +102,9 @@ class LoRALinear(FrozenLinear):
         self.lora_A = Factor(plan.rank, inputs, device)
         self.lora_B = Factor(outputs, plan.rank, device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs] -> [..., outputs]``."""
-        out = super().forward(x)
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``, see `Linear.product`."""
+        out = super().product(x, bias)
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
         update: Tensor = self.lora_B(self.lora_A(x))

@@ -23,7 +23,7 @@ from qwen2kit_torch.fused.rotation import rotated_heads
 from qwen2kit_torch.fused.swiglu import swiglu
 from qwen2kit_torch.kv_cache import Cache
 from qwen2kit_torch.linear import Linear, joint, linear, pack, packed_linear
-from qwen2kit_torch.rope import Rotary, rotate
+from qwen2kit_torch.rope import Rope, Rotary, drift, rotate
 
 
 class RMSNorm(nn.Module):
@@ -46,13 +46,15 @@ class Attention(nn.Module):
 
     Attributes:
         fused: compute the three projections as one product, and rotate it in one pass.
+        anchored: without gradients keys stand less their unrotated bias, see
+            `qwen2kit_torch.rope.drift`.
     """
 
     def __init__(
         self, spec: ModelSpec, layer: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.fused = False
+        self.fused = self.anchored = False
         self.layer = layer
         self.window = spec.window_of(layer)
         self.head_dim = spec.head_dim
@@ -67,7 +69,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         visible: Mapping[int | None, Attend],
         cache: Cache | None,
     ) -> Tensor:
@@ -79,16 +81,21 @@ class Attention(nn.Module):
         out: Tensor = self.o_proj(out_BHTC.transpose(1, 2).reshape(*x_BTD.shape[:2], -1))
         return out
 
-    def _heads(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, x_BTD: Tensor, rope: Rope) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: ``[B, T, heads, C]``."""
+        cos, sin = rope[:2]
         if self.fused:
             product = joint(x_BTD, self.q_proj, self.k_proj, self.v_proj)
-            return rotated_heads(product, *rope, self.heads, self.kv_heads)
-        q, k, v = (
-            layer(x_BTD).unflatten(-1, (-1, self.head_dim))
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return rotate(q, *rope), rotate(k, *rope), v
+            return rotated_heads(product, cos, sin, self.heads, self.kv_heads)
+        q, v = self._split(self.q_proj(x_BTD)), self._split(self.v_proj(x_BTD))
+        if not self.anchored or torch.is_grad_enabled():
+            return rotate(q, cos, sin), rotate(self._split(self.k_proj(x_BTD)), cos, sin), v
+        k = rotate(self._split(self.k_proj.product(x_BTD, None)), cos, sin)
+        return rotate(q, cos, sin), k + drift(self._split(self.k_proj.bias), sin, rope[2]), v
+
+    def _split(self, x: Tensor) -> Tensor:
+        parts: Tensor = x.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-untyped-call]
+        return parts
 
 
 class MLP(nn.Module):
@@ -142,7 +149,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         visible: Mapping[int | None, Attend],
         cache: Cache | None,
     ) -> Tensor:
@@ -205,7 +212,7 @@ class Qwen2(nn.Module):
         if not spec.tie_word_embeddings:
             self.lm_head = Linear(spec.hidden_size, spec.vocab_size, device=device, dtype=dtype)
         self._packed_head: Tensor | None = None
-        self._settled = False
+        self._settled = self.anchored = False
         self.rotary = Rotary(spec)
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
 
@@ -299,6 +306,14 @@ class Qwen2(nn.Module):
             self._packed_head = pack(self.model.embed_tokens.weight)
         self._settled = True
 
+    def anchor_keys(self) -> None:
+        """From now on keys stand less their unrotated bias, in caches too: more precise, and the
+        same attention. For inference, with caches filled by this network alone."""
+        self.anchored = True
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.anchored = True
+
     def discard_packed(self) -> None:
         """Forget packed weights, before all plain ones are assigned anew."""
         for module in self.modules():
@@ -307,14 +322,14 @@ class Qwen2(nn.Module):
         self._packed_head = None
         self._settled = False
 
-    def _rope(
-        self, positions: Tensor | None, start: int, length: int, like: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _rope(self, positions: Tensor | None, start: int, length: int, like: Tensor) -> Rope:
         total = start + length
-        cos, sin = self.rotary.tables(total, like.device, like.dtype)
+        tables: Rope = self.rotary.tables(total, like.device, like.dtype)
+        if self.anchored:
+            tables = (*tables, self.rotary.less_one(total, like.device, like.dtype))
         if positions is None:
-            return cos[start:total, None], sin[start:total, None]
-        return cos[positions][:, :, None], sin[positions][:, :, None]
+            return tuple(table[start:total, None] for table in tables)
+        return tuple(table[positions][:, :, None] for table in tables)
 
     def _check_length(self, length: int) -> None:
         dual = self.spec.dual_chunk

@@ -94,16 +94,16 @@ class QuantizedLinear(Linear):
         """The weights."""
         return Quantized(self.weight.detach(), self.steps.detach(), self.bits, self.group)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., inputs] -> [..., outputs]``."""
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., inputs] -> [..., outputs]``, see `Linear.product`."""
         if self._expanded:
-            return super().forward(x)
+            return super().product(x, bias)
         rows = x.reshape(-1, self.in_features)
         if self._for_cpu is None or len(rows) > _FEW_ROWS:
-            return F.linear(x, self.matrix.dense(x.dtype), self.bias)
+            return F.linear(x, self.matrix.dense(x.dtype), bias)
         codes, steps = self._for_cpu
         out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, codes, self.group, steps)
-        out = out if self.bias is None else out + self.bias
+        out = out if bias is None else out + bias
         return out.view(*x.shape[:-1], self.out_features)
 
     def pack(self) -> None:

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 BROKEN: Final = -1
 """In place of an id: the row of logits holds NaN or +inf, or nothing finite to choose from."""
 
+ANCHORED_KEYS: Final = "anchored_keys"
+"""The name, in place of ``keys``, of saved keys that stand less the unrotated bias of their
+projection: attention is the same, but one sequence must not mix the two."""
+
 
 @dataclass(frozen=True, slots=True)
 class Feed:
@@ -154,9 +158,10 @@ class PersistentSlots(Slots, Protocol):
     """Slots whose content can leave the device and come back (a prompt cache on disk)."""
 
     def export(self, slot: int, length: int) -> Iterator[tuple[str, HostTensor]]:
-        """Keys and values of the first ``length`` positions: ``layers.{i}.keys`` and
-        ``layers.{i}.values``, each ``[kv_heads, length, head_dim]`` in the cache's dtype; a
-        quantised cache has packed integers there, and parts like ``layers.{i}.keys.scales``."""
+        """Keys and values of the first ``length`` positions: ``layers.{i}.keys`` (or
+        `ANCHORED_KEYS`) and ``layers.{i}.values``, each ``[kv_heads, length, head_dim]`` in the
+        cache's dtype; a quantised cache has packed integers there, and parts like
+        ``layers.{i}.keys.scales``."""
         ...
 
     def restore(self, slot: int, tensors: Iterator[tuple[str, HostTensor]]) -> None:

@@ -38,6 +38,14 @@ class RoPETable:
         angles = np.outer(positions.astype(np.float64), np.asarray(self.inv_freq))
         return np.cos(angles) * self.attention_factor, np.sin(angles) * self.attention_factor
 
+    def cos_less_one(self, positions: NDArray[np.int64]) -> NDArray[np.float64]:
+        """``cos - 1`` ``[len(positions), head_dim / 2]`` in float64, times the factor; exact where
+        the cosine is close to 1."""
+        import numpy as np
+
+        halves = np.outer(positions.astype(np.float64) / 2, np.asarray(self.inv_freq))
+        return -2 * np.sin(halves) ** 2 * self.attention_factor
+
 
 def rope_table(spec: ModelSpec) -> RoPETable:
     """The rotary table that ``spec`` calls for."""

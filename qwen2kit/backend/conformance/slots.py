@@ -24,7 +24,16 @@ from qwen2kit.backend.conformance.models import (
     weights,
 )
 from qwen2kit.backend.protocol import Backend
-from qwen2kit.backend.slots import BROKEN, Edit, Feed, Logits, PersistentSlots, Shortlist, Slots
+from qwen2kit.backend.slots import (
+    ANCHORED_KEYS,
+    BROKEN,
+    Edit,
+    Feed,
+    Logits,
+    PersistentSlots,
+    Shortlist,
+    Slots,
+)
 from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.edit import pack_mask
@@ -269,7 +278,7 @@ def _persistence(backend: Backend) -> None:
         shape = (UNTIED.num_key_value_heads, 25, UNTIED.head_dim)
         for name, tensor in saved:
             require(tuple(tensor.shape) == shape, f"{name} is {tensor.shape}, expected {shape}")
-        names: Sequence[str] = sorted(name for name, _ in saved)
+        names: Sequence[str] = sorted(name.replace(ANCHORED_KEYS, "keys") for name, _ in saved)
         expected = sorted(
             f"layers.{i}.{part}" for i in range(UNTIED.num_hidden_layers)
             for part in ("keys", "values")

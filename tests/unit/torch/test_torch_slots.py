@@ -112,7 +112,7 @@ def test_saved_slots_go_on_as_if_never_saved() -> None:
     slots: PersistentSlots = model.slots(2, 40)
     expected = run(slots, [Feed(0, 0, tuple(TOKENS))], 9)
     saved = list(slots.export(0, len(TOKENS)))
-    assert [saved[0][0], saved[-1][0]] == ["layers.0.keys", "layers.2.values"]
+    assert [saved[0][0], saved[-1][0]] == ["layers.0.anchored_keys", "layers.2.values"]
     assert saved[0][1].shape == (2, len(TOKENS), 16)
     fresh = model.slots(2, 32)
     fresh.restore(1, iter(saved))
