@@ -45,7 +45,7 @@ def fitting(
     if set(given) != {name for layer in names for name in layer}:
         raise WeightError(
             f"the saved prompt does not hold the keys and values of {len(blank)} layers in the "
-            "form this model keeps them; read the prompt again"
+            "form this model keeps them (another dtype or other cache bits); read the prompt again"
         )
     length = given[names[0][0]].shape[1]
     if not 1 <= length <= capacity:

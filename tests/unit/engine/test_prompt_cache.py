@@ -84,7 +84,7 @@ def test_every_mismatch_is_one_line(tmp_path: Path) -> None:
         with pytest.raises(WeightError, match=r"cut\.safetensors"):
             load_prompt(cut, engine, "a model")
     with Engine(model("mlx", "bfloat16"), slots=1, capacity=100) as engine:
-        with pytest.raises(WeightError, match=r"float32 .* not bfloat16"):
+        with pytest.raises(WeightError, match="another dtype"):
             load_prompt(path, engine, "a model")
         assert text(engine, PROMPT)  # still usable
     with (
