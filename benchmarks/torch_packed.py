@@ -25,14 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
 GROUP = 64
 FLUSHED = 150e6
-SINGLE = (
-    (2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (4, 1024, 2), (8, 1024, 2), (2, 512, 1), (4, 512, 1),
-    (8, 512, 1),
-)  # fmt: skip
-FEW = ((64, 256, 4, 3), (64, 128, 4, 4), (64, 128, 4, 3), (128, 256, 4, 3), (128, 128, 4, 4),
-       (128, 256, 8, 3))  # fmt: skip
-MANY = ((64, 128, 4, 3), (64, 256, 4, 2), (128, 128, 4, 3), (128, 128, 8, 3))
-PROGRAMS = (132, 264, 528, 1056)
+SINGLE = ((2, 2048, 4), (4, 2048, 4), (8, 2048, 4), (2, 512, 1), (4, 512, 1), (8, 512, 1))
+SEVERAL = {
+    8: ((64, 256, 4, 3), (64, 256, 2, 3), (32, 256, 2, 3), (64, 128, 2, 4)),
+    16: ((64, 256, 2, 3), (32, 256, 2, 3), (64, 128, 2, 4)),
+    64: ((64, 128, 2, 3), (32, 128, 2, 3), (64, 256, 2, 2), (64, 64, 2, 4)),
+}  # Of several rows: two warps or few rows, or the compiler takes other instructions.
+PROGRAMS = (264, 528, 1056)
 Item = tuple[str, str, int, int, tuple[int, ...]]
 
 
@@ -57,9 +56,9 @@ def candidates(name: str) -> Iterator[Item]:
             if product != "heads":
                 for tile in SINGLE:
                     yield name, product, bits, 1, tile
-            for rows, tiles in ((16, FEW), (64, MANY)):
+            for rows, tiles in SEVERAL.items():
                 for block, span, warps, stages in tiles:
-                    if width % span or (bits == 8 and span * block > 128 * 128):
+                    if width % span:
                         continue
                     blocks = -(-height // block)
                     wanted = {max(1, min(p // blocks, width // span // 2, 16)) for p in PROGRAMS}
@@ -150,15 +149,17 @@ def compile_part(items: list[Item]) -> list[str]:
 
 
 def captured(work: Sequence[Callable[[], Any]]) -> Callable[[], None]:
-    """All of ``work`` as a graph."""
+    """All of ``work`` as a graph; `torch.cuda.graph` would collect garbage every time."""
     import torch
 
     work[0]()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        graph.capture_begin()
         for call in work:
             call()
+        graph.capture_end()
     return graph.replay
 
 
@@ -203,14 +204,14 @@ def copies(size: int) -> int:
     return max(2, min(64, int(FLUSHED / size) + 1))
 
 
-def measure(name: str, report: dict[str, Any], end: float) -> None:
+def measure(name: str, report: dict[str, Any], seconds: float) -> None:
     """All candidates of a preset, then the default tiles beside bfloat16."""
     import torch
 
     for product, (height, width) in shapes(name).items():
         buffers = Buffers(height, width)
         for bits in (4, 8):
-            found = measure_packed(name, product, bits, buffers, end)
+            found = measure_packed(name, product, bits, buffers, seconds)
             report[f"{name} {product} {bits} bits"] = found
             print(name, product, bits, "bits:", json.dumps(found), flush=True)
         found = vendor(height, width, buffers)
@@ -221,7 +222,7 @@ def measure(name: str, report: dict[str, Any], end: float) -> None:
 
 
 def measure_packed(
-    name: str, product: str, bits: int, buffers: Buffers, end: float
+    name: str, product: str, bits: int, buffers: Buffers, seconds: float
 ) -> dict[str, Any]:
     """One matrix in ``bits``."""
     import torch
@@ -237,9 +238,9 @@ def measure_packed(
         taken = microseconds([partial(launch, item, weights, buffers) for weights in many])
         return [round(taken, 2), round(size / taken / 1e3)]
 
-    for rows in (1, 16, 64):
+    for rows in (1, *SEVERAL):
         lines: list[Any] = []
-        wrong = 0.0
+        wrong, end = 0.0, time.monotonic() + seconds
         for item in candidates(name):
             if item[1:4] != (product, bits, rows) or time.monotonic() > end:
                 continue
@@ -284,10 +285,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", default="qwen2-7b,qwen2-0.5b,qwen2-1.5b")
     parser.add_argument("--processes", type=int, default=14)
-    parser.add_argument("--seconds", type=float, default=80, help="after which tiles are left out")
+    parser.add_argument("--seconds", type=float, default=80, help="for the tiles of all matrices")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     names = options.presets.split(",")
+    each = options.seconds / len(names) / 4 / 2 / (1 + len(SEVERAL))
     start = time.monotonic()
     items = [item for name in names for item in candidates(name)]
     parts = [items[index :: options.processes] for index in range(options.processes)]
@@ -299,7 +301,7 @@ def main() -> None:
     print(f"compiled in {time.monotonic() - start:.0f} s", *errors[:5], sep="\n", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "errors": errors}
     for name in names:
-        measure(name, report, start + options.seconds)
+        measure(name, report, each)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
 
