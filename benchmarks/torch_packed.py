@@ -252,17 +252,17 @@ def measure_packed(
         lines.sort(key=lambda line: line[0])
         found[f"{rows} rows, tiles"] = lines[:5]
         found[f"{rows} rows, worst difference"] = wrong
-    found["1 row"] = spent(default_single(name, product, bits, width))
+    found["1 row"] = spent(default_single(name, product, bits, height, width))
     for rows in (1, 2, 4, 8, 16, 32, 64):
         found[f"{rows} rows, tensor cores"] = spent((name, product, bits, rows, ()))
     return found
 
 
-def default_single(name: str, product: str, bits: int, width: int) -> Item:
+def default_single(name: str, product: str, bits: int, height: int, width: int) -> Item:
     """What a step of one row takes."""
     from qwen2kit_torch.engine.tuning import packed_tile
 
-    tile = packed_tile(width, bits)
+    tile = packed_tile(height, width, bits)
     return name, product, bits, 1, (tile.rows, tile.block, tile.warps)
 
 

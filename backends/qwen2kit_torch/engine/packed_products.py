@@ -62,8 +62,9 @@ def product(
     """``out = x @ matrix.T + bias`` for rows ``x`` ``[R, D]``."""
     if isinstance(matrix, Quantized):
         if len(x) <= _EXPANDED:
-            for part, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
-                packed_rows(part, matrix, into, bias, scratch)
+            for start in range(0, len(x), MOST_ROWS):
+                some = slice(start, start + MOST_ROWS)
+                packed_rows(x[some], matrix, out[some], bias, scratch)
             return
         matrix = dequantize(matrix, x.dtype)
     if bias is None:

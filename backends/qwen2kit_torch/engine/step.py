@@ -183,7 +183,7 @@ class Step(Layers):
             "heads": layer.heads, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down
         }  # fmt: skip
         changes: dict[str, Any] = {
-            name: packed_tile(matrix.shape[1], matrix.bits)
+            name: packed_tile(*matrix.shape, matrix.bits)
             for name, matrix in products.items()
             if isinstance(matrix, Quantized)
         }

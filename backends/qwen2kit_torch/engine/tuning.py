@@ -14,6 +14,7 @@ _WASTE = 1.34
 _IDLE = 0.15
 _PROGRAMS = 528
 _LEAST_TURNS = 2
+_TALL = 8192
 _MOST_SPLITS = 16
 
 
@@ -89,15 +90,16 @@ def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
     )
 
 
-def packed_tile(width: int, bits: int) -> Tile:
-    """A tile, in bytes of codes, for a single row's product with ``width`` columns in ``bits``.
+def packed_tile(height: int, width: int, bits: int) -> Tile:
+    """A tile, in bytes of codes, for a single row's product with ``[height, width]`` in ``bits``.
 
     Every lane takes 16 bytes of each row, so that no sums of ``x`` are shared between warps.
     """
+    rows = 8 if height >= _TALL // 2 else 4 if height >= _TALL // 4 else 2
     block = 512
-    while block < 2048 and _idle(width * bits // 8, 2 * block) <= _IDLE:
+    while height < _TALL and block < 2048 and _idle(width * bits // 8, 2 * block) <= _IDLE:
         block *= 2
-    return Tile(4, block, block // 512)
+    return Tile(rows, block, block // 512)
 
 
 def rows_tile(height: int, width: int, rows: int, bits: int, itemsize: int) -> RowsTile:

@@ -86,8 +86,8 @@ report["best_of_blocks"] = compile(
 for bits in (4, 8):
     for splits in (1, 2):
         report[f"packed_rows {bits}, {splits} ranges"] = compile(
-            packed.packed_rows, 2, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=False, ROWS=8, BLOCK=64, SPAN=128,
-            SPLITS=splits, STAGES=3, BITS=bits, GROUP=64,
+            packed.packed_rows, 2, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=False, ROWS=8, BLOCK=64,
+            SPAN=128, SPLITS=splits, STAGES=3, BITS=bits, GROUP=64,
         )
     report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
 print(json.dumps(report))
