@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qwen2kit_mlx.cuda_products import FEW, MOST, PackedProduct, dense_parts, fits
-from qwen2kit_mlx.kernels import Mask, NativeKernels
+from qwen2kit_mlx.kernels import Mask, NativeKernels, Norm, normed
 
 
 class CUDAKernels(NativeKernels):
@@ -49,15 +49,17 @@ class CUDAKernels(NativeKernels):
         group_size: int,
         bias: mx.array | None = None,
         onto: mx.array | None = None,
+        norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear` and `cuda_products`."""
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, bias, onto)
+            found = self._packed(x, weight, bits, group_size, bias, onto, norm=norm)
             if found is not None:
                 return found
         if rows < FEW:
-            return super().affine_linear(x, weight, bits, group_size, bias, onto)
+            return super().affine_linear(x, weight, bits, group_size, bias, onto, norm)
+        x = normed(x, norm)
         packed, scales, biases = weight
         parts = [
             self.linear(
@@ -71,15 +73,20 @@ class CUDAKernels(NativeKernels):
         return y if onto is None else onto + y
 
     def affine_swiglu(
-        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
+        self,
+        x: mx.array,
+        weight: tuple[mx.array, mx.array, mx.array],
+        bits: int,
+        group_size: int,
+        norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, paired=True)
+            found = self._packed(x, weight, bits, group_size, norm=norm, paired=True)
             if found is not None:
                 return found
-        return super().affine_swiglu(x, weight, bits, group_size)
+        return super().affine_swiglu(x, weight, bits, group_size, norm)
 
     def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
         """See `Kernels.mask`."""

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from qwen2kit_mlx.cuda_compile import CompileError, cubin
 from qwen2kit_mlx.cuda_source import PRIMITIVES, PRODUCT
+from qwen2kit_mlx.kernels import Norm
 
 BITS: Final = (4, 8)
 DTYPES: Final = (mx.bfloat16, mx.float16)
@@ -28,7 +29,8 @@ STEP: Final = 128
 MOST: Final = 128
 """Rows up to which reading packed weights again and again costs less than dequantising them."""
 WIDE: Final = 8192
-"""Outputs from which on dividing them up keeps a GPU busy."""
+DEEP: Final = 4096
+"""Outputs from which on dividing them up keeps a GPU busy; below which it does not by far."""
 FEW: Final = 8
 """Rows below which MLX's own product with packed weights is the best it has."""
 DENSE_BYTES: Final = 160 << 20
@@ -56,24 +58,27 @@ class Tiles:
     blocks: int = 2
 
 
-def tiles(rows: int, out: int, width: int, *, paired: bool = False) -> Tiles:
+def tiles(rows: int, out: int, width: int, bits: int) -> Tiles:
     """What serves a product, as measured on an H200.
 
-    Rows are treated alike in each of three classes (up to 8, up to 16, more), so that a row's
-    result depends on their number through its class only.
+    Rows are treated alike in each of four classes (up to 8, 16, 32, more), so that a row's result
+    depends on their number through its class only.
 
     Args:
         rows: N.
         out, width: of the weight.
-        paired: whether it is SwiGLU's, of two outputs each.
+        bits: of a number.
     """
-    many = out >= WIDE  # thread blocks for all multiprocessors, even if each has many outputs
+    deep = out < DEEP and width >= 16 * STEP  # few thread blocks, with much to do for each
     if rows <= 8:
-        warps = 8 if many or width < 16 * STEP else 16
-        return Tiles(tokens=1, outputs=2 if paired else 1, warps=warps)
+        return Tiles(tokens=1, outputs=1, warps=16 if deep else 8, ahead=1 if deep else bits // 4)
+    if rows <= 16 and out >= WIDE:
+        return Tiles(tokens=2, outputs=2, warps=4, ahead=2, blocks=3)
     if rows <= 16:
-        return Tiles(tokens=2, outputs=2, warps=4 if many else 8, ahead=2 if many else 1)
-    return Tiles(tokens=4, outputs=2, warps=4 if many else 8)
+        return Tiles(tokens=2, outputs=2, warps=16 if deep else 8, blocks=1 if deep else 2)
+    if rows <= 32 and out < WIDE:
+        return Tiles(tokens=4, outputs=2, warps=8, blocks=1)
+    return Tiles(tokens=4, outputs=3 if rows <= 32 else 4, warps=4, blocks=1)
 
 
 def fits(width: int, bits: int, dtype: mx.Dtype) -> bool:
@@ -97,10 +102,11 @@ class PackedProduct:
     def prepare(self, weight: Packed, bits: int, group_size: int) -> None:
         """Have the kernels for one row and this weight ready soon."""
         out, dtype = weight[0].shape[0], weight[1].dtype
-        width = weight[1].shape[1] * group_size
-        self._code(bits, group_size, dtype, tiles(1, out, width), paired=False)
-        if out >= WIDE:  # it may be that of SwiGLU
-            self._code(bits, group_size, dtype, tiles(1, out, width, paired=True), paired=True)
+        how = tiles(1, out, weight[1].shape[1] * group_size, bits)
+        kinds = [(False, False), (True, False)] if out < DEEP else [(True, False), (True, True)]
+        for norm, paired in kinds:  # what decoders have, by the number of outputs
+            normed = norm and dtype == mx.bfloat16
+            self._code(bits, group_size, dtype, how, normed=normed, paired=paired)
 
     def __call__(
         self,
@@ -111,6 +117,7 @@ class PackedProduct:
         bias: mx.array | None = None,
         onto: mx.array | None = None,
         *,
+        norm: Norm | None = None,
         paired: bool = False,
         how: Tiles | None = None,
     ) -> mx.array | None:
@@ -121,41 +128,53 @@ class PackedProduct:
             weight: values, scales and biases; see `fits`.
             bias: ``[out]``.
             onto: ``[N, out]``.
+            norm: weights ``[in]`` and epsilon of an RMSNorm of ``x``.
             paired: give SwiGLU ``[N, out / 2]`` of the product's first and second half.
             how: tiles; those of `tiles` if None.
         """
+        if norm is not None and x.dtype != mx.bfloat16:
+            x, norm = mx.fast.rms_norm(x, *norm), None
         rows, width = x.shape
         out = weight[0].shape[0]
-        how = how or tiles(rows, out, width, paired=paired)
-        name, code = self._code(bits, group_size, x.dtype, how, paired=paired)
-        out = out // 2 if paired else out
+        how = how or tiles(rows, out, width, bits)
+        name, code = self._code(
+            bits, group_size, x.dtype, how, normed=norm is not None, paired=paired
+        )
         binary = self._wait(code)
         if binary is None:
             return None
-        absent = weight[1]
-        inputs = [x, *weight, absent if bias is None else bias, absent if onto is None else onto]
-        blocks = -(-out // (16 if paired else 16 * how.outputs)), -(-rows // (8 * how.tokens))
+        factors, eps = (weight[1], 0.0) if norm is None else norm
+        given = [weight[1] if part is None else part for part in (bias, onto)]
+        tile, out = (8, out // 2) if paired else (16, out)
         threads = 32 * how.warps
         (found,) = mx.fast.precompiled_cuda_kernel(
             name=name,
             compiled_source=binary,
-            inputs=inputs,
+            inputs=[x, *weight, *given, factors],
             output_shapes=[(rows, out)],
             output_dtypes=[x.dtype],
-            scalars=[rows, out, width, int(bias is not None), int(onto is not None)],
-            grid=(blocks[0] * threads, blocks[1], 1),
+            scalars=[rows, out, width, int(bias is not None), int(onto is not None), float(eps)],
+            grid=(-(-out // (tile * how.outputs)) * threads, -(-rows // (8 * how.tokens)), 1),
             threadgroup=(threads, 1, 1),
             ensure_row_contiguous=True,
         )
         return found
 
     def _code(
-        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles, *, paired: bool
+        self,
+        bits: int,
+        group_size: int,
+        dtype: mx.Dtype,
+        how: Tiles,
+        *,
+        normed: bool,
+        paired: bool = False,
     ) -> tuple[str, Future[bytes]]:
         macros = {
             "BITS": bits,
             "GROUP": group_size,
             "BF16": int(dtype == mx.bfloat16),
+            "NORMED": int(normed),
             "PAIRED": int(paired),
             "TILES": how.tokens,
             "ROWS": how.outputs,

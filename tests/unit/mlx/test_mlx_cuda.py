@@ -61,23 +61,31 @@ def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int)
             assert (gap < allowed).all(), (width, out, rows, gap.max())
 
 
-@pytest.mark.parametrize("rows", [1, 8, 12, 33, MOST + 1])
+@pytest.mark.parametrize("rows", [1, 8, 12, 17, 33, MOST + 1])
+@pytest.mark.parametrize("name", ["bfloat16", "float16"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_packed_swiglu(kernels: CUDAKernels, bits: int, rows: int) -> None:
-    packed = mx.quantize(normal(9728, 896, dtype=mx.bfloat16) * 0.1, 64, bits)
-    x = normal(rows, 896, dtype=mx.bfloat16)
-    got = wide(kernels.affine_swiglu(x, packed, bits, 64))
+def test_normed_products(kernels: CUDAKernels, bits: int, name: str, rows: int) -> None:
+    """RMSNorm and SwiGLU in the product."""
+    dtype = getattr(mx, name)
+    packed = mx.quantize(normal(9728, 896, dtype=dtype) * 0.1, 64, bits)
+    x, weights = 20 * normal(rows, 896, dtype=dtype), 1 + normal(896, dtype=dtype)
+    norm = (weights.astype(dtype), 1e-6)
     dense = wide(mx.dequantize(*packed, group_size=64, bits=bits))
-    gate, up = np.split(wide(x) @ dense.T, 2, axis=-1)
+    even = wide(x) / np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + 1e-6) * wide(norm[0])
+    both = even @ dense.T
+    got = wide(kernels.affine_linear(x, packed, bits, 64, norm=norm))
+    np.testing.assert_allclose(got, both, rtol=0, atol=2.0**-6 * np.abs(both).max())
+    gate, up = np.split(both, 2, axis=-1)
     expected = gate / (1 + np.exp(-gate)) * up
-    np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-6 * np.abs(expected).max())
+    got = wide(kernels.affine_swiglu(x, packed, bits, 64, norm))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_row_does_not_depend_on_the_others(kernels: CUDAKernels, bits: int) -> None:
     packed = mx.quantize(normal(896, 1024, dtype=mx.bfloat16), 64, bits)
     x = normal(MOST, 1024, dtype=mx.bfloat16)
-    for rows, most in ((1, 8), (3, 8), (9, 16), (17, MOST), (33, MOST)):
+    for rows, most in ((1, 8), (3, 8), (9, 16), (17, 32), (33, MOST)):
         every = kernels.affine_linear(x[:most], packed, bits, 64)
         assert mx.array_equal(kernels.affine_linear(x[:rows], packed, bits, 64), every[:rows])
 
