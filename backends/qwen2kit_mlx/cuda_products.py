@@ -70,8 +70,10 @@ def tiles(rows: int, out: int, width: int, bits: int) -> Tiles:
         bits: of a number.
     """
     deep = out < DEEP and width >= 16 * STEP  # few thread blocks, with much to do for each
+    if rows <= 8 and deep:
+        return Tiles(tokens=1, outputs=1, warps=16)
     if rows <= 8:
-        return Tiles(tokens=1, outputs=1, warps=16 if deep else 8, ahead=1 if deep else bits // 4)
+        return Tiles(tokens=1, outputs=1, warps=8, ahead=bits // 4, blocks=4 if bits == 4 else 3)
     if rows <= 16 and out >= WIDE:
         return Tiles(tokens=2, outputs=2, warps=4, ahead=2, blocks=3)
     if rows <= 16:
