@@ -6,11 +6,12 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from qwen2kit.backend.conformance.models import UNTIED, loaded, poisoned_weights
 from qwen2kit.backend.protocol import CompiledModel
-from qwen2kit.backend.slots import BROKEN
+from qwen2kit.backend.slots import BROKEN, Feed
 from qwen2kit.engine.draft_model import DraftModel
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.generate import generate
@@ -99,6 +100,37 @@ def test_each_request_gets_its_own_tokens(
     for key, mine in said.items():
         assert mine == expected[key][: len(mine)]
         assert key in cancelled or mine == expected[key]
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["greedy", "any"])
+def test_a_lent_slot_and_its_neighbours(model: CompiledModel, plain: bool) -> None:
+    dice = random.Random(11)
+    requests = [some_request(dice, plain) for _ in range(8)]
+    text = tuple(dice.randrange(80) for _ in range(41))
+    expected = model.logits(text)
+    lent = 0
+    with Engine(model, slots=3, capacity=CAPACITY, prefill_tokens=9) as engine:
+        said: dict[int, list[Any]] = {engine.submit(again(item)): [] for item in requests}
+        slot, fed = None, 0
+        while engine.busy:
+            for event in engine.step():
+                said[event.prompt].append((event.token, event.finish_reason))
+            if slot is None:
+                slot, fed = engine.lend(text), 0
+            elif fed < len(text):
+                piece = text[fed : fed + dice.choice([1, 4, 23])]
+                logits = engine.feed_lent(Feed(slot, fed, piece, len(piece))).rows(
+                    range(len(piece))
+                )
+                np.testing.assert_allclose(logits, expected[fed : fed + len(piece)], atol=1e-4)
+                fed += len(piece)
+            else:
+                engine.take_back(slot, text)
+                slot, lent = None, lent + 1
+    assert lent >= 2
+    for key, request in enumerate(requests):
+        found = alone(model, again(request), CAPACITY - len(request.prompt))  # type: ignore[arg-type]
+        assert said[key] == [(drawn.token, reason) for drawn, reason in found]
 
 
 POISON = 73  # in no stem
