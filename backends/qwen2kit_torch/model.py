@@ -23,7 +23,7 @@ from qwen2kit_torch.fused.rotation import rotated_heads
 from qwen2kit_torch.fused.swiglu import swiglu
 from qwen2kit_torch.kv_cache import Cache
 from qwen2kit_torch.linear import Linear, joint, linear, pack, packed_linear
-from qwen2kit_torch.rope import Rope, Rotary, drift, rotate
+from qwen2kit_torch.rope import Rope, Rotary, drifted, rotate
 
 
 class RMSNorm(nn.Module):
@@ -47,7 +47,7 @@ class Attention(nn.Module):
     Attributes:
         fused: compute the three projections as one product, and rotate it in one pass.
         anchored: without gradients keys stand less their unrotated bias, see
-            `qwen2kit_torch.rope.drift`.
+            `qwen2kit_torch.rope.drifted`.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         if not self.anchored or torch.is_grad_enabled():
             return rotate(q, cos, sin), rotate(self._split(self.k_proj(x_BTD)), cos, sin), v
         k = rotate(self._split(self.k_proj.product(x_BTD, None)), cos, sin)
-        return rotate(q, cos, sin), k + drift(self._split(self.k_proj.bias), sin, rope[2]), v
+        return rotate(q, cos, sin), drifted(k, self._split(self.k_proj.bias), sin, rope[2]), v
 
     def _split(self, x: Tensor) -> Tensor:
         parts: Tensor = x.unflatten(-1, (-1, self.head_dim))  # type: ignore[no-untyped-call]

@@ -19,7 +19,7 @@ from qwen2kit.spec.rope import rope_table
 _BLOCK = 1024
 
 Rope = tuple[Tensor, ...]
-"""Cosines and sign-folded sines that broadcast to ``[B, T, 1, C]``; with anchored keys (`drift`)
+"""Cosines and sign-folded sines that broadcast to ``[B, T, 1, C]``; with anchored keys (`drifted`)
 cosines less one after them."""
 
 
@@ -46,7 +46,7 @@ class Rotary:
         return cached
 
     def less_one(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Cosines less one ``[>= length, C]``, rounded as the tables are, for `drift`."""
+        """Cosines less one ``[>= length, C]``, rounded as the tables are, for `drifted`."""
         cached = self._less_one.get((device, dtype))
         if cached is None or len(cached) < length:
             half = self._table.cos_less_one(np.arange(-(-length // _BLOCK) * _BLOCK))
@@ -69,19 +69,20 @@ def rotate(x_BTNC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x_BTNC * cos + swapped * sin
 
 
-def drift(anchor_KC: Tensor, sin: Tensor, less_one: Tensor) -> Tensor:
-    """What rotation adds to a vector that is the same at every position: ``[B, T, K, C]``.
+def drifted(x_BTKC: Tensor, anchor_KC: Tensor, sin: Tensor, less_one: Tensor) -> Tensor:
+    """``x`` plus what rotation adds to a vector that is the same at every position.
 
     Attention does not change when one vector is taken from all keys, since it moves all scores of a
     query alike. Qwen2's key biases reach 200 in dimensions that hardly turn; keys without their
-    unrotated bias, ``rotate(product) + drift(bias)``, leave the digits to what differs among them.
+    unrotated bias, ``drifted(rotate(product), bias)``, leave the digits to what differs among them.
 
     Args:
+        x_BTKC: rotated keys without bias.
         anchor_KC: the vector, one per key head.
         sin, less_one: from `Rotary`, broadcasting to ``[B, T, 1, C]``.
     """
     swapped = anchor_KC.roll(anchor_KC.shape[-1] // 2, -1)
-    return anchor_KC * less_one + swapped * sin
+    return torch.addcmul(torch.addcmul(x_BTKC, anchor_KC, less_one), swapped, sin)
 
 
 def _on(device: torch.device, dtype: torch.dtype, *tables: NDArray[np.float64]) -> Iterator[Tensor]:
