@@ -84,3 +84,19 @@ def test_cos_sin_equal_transformers_rotary_module() -> None:
     half = spec.head_dim // 2
     np.testing.assert_allclose(ours[0], cos[0, :, :half].numpy(), atol=1e-5)
     np.testing.assert_allclose(ours[1], sin[0, :, :half].numpy(), atol=1e-5)
+
+
+def test_cosines_less_one_keep_their_digits() -> None:
+    table = rope_table(with_rope("qwen2-0.5b", rope_theta=1e6, scaling=YARN))
+    positions = np.array([0, 1, 7, 1000, 30_000])
+    angles = np.outer(positions, np.asarray(table.inv_freq, dtype=np.longdouble))
+    # 1 - cos = sin^2 / (1 + cos) where the cosine is positive.
+    exact = np.where(
+        np.cos(angles) > 0, -(np.sin(angles) ** 2) / (1 + np.cos(angles)), np.cos(angles) - 1
+    )
+    found = table.cos_less_one(positions)
+    assert 0 < np.abs(found[1]).min() < 1e-12
+    np.testing.assert_allclose(found, exact * table.attention_factor, rtol=1e-10, atol=0)
+    np.testing.assert_allclose(
+        found, table.cos_sin(positions)[0] - table.attention_factor, rtol=0, atol=1e-15
+    )
