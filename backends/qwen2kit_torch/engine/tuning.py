@@ -105,15 +105,17 @@ def packed_tile(height: int, width: int, bits: int) -> Tile:
 def rows_tile(height: int, width: int, rows: int, bits: int, itemsize: int) -> RowsTile:
     """For ``rows`` rows times a matrix ``[height, width]`` in ``bits``; ``itemsize`` of ``x``.
 
-    Two warps: with four the compiler takes instructions whose operands the codes do not match.
+    Two warps: with four, and more than eight rows, the compiler takes instructions whose operands
+    the codes do not match.
     """
     span = 32 if itemsize > 2 else 256 if bits == 4 and rows <= 16 else 128
     while width % span:
         span //= 2
     block = 64
     blocks = -(-height // block)
+    warps = 4 if rows <= 8 else 2
     splits = max(1, min(_PROGRAMS // blocks, width // span // _LEAST_TURNS, _MOST_SPLITS))
-    return RowsTile(max(8, power_of_two(rows)), block, span, splits, 2, 3)
+    return RowsTile(max(8, power_of_two(rows)), block, span, splits, warps, 3)
 
 
 def power_of_two(number: int) -> int:

@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qwen2kit_torch.engine.kernels import attention, packed, products, prompt, rows
+from qwen2kit_torch.engine.tuning import rows_tile
 
 HIDDEN, HEADS, KV_HEADS, SIZE, FFN, VOCAB = 896, 14, 2, 64, 4864, 151936
 KINDS = dict(
@@ -84,10 +85,12 @@ report["best_of_blocks"] = compile(
     rows.best_of_blocks, HEIGHT=VOCAB, BLOCKS=75, BLOCK=2048
 )
 for bits in (4, 8):
-    for splits in (1, 2):
-        report[f"packed_rows {bits}, {splits} ranges"] = compile(
-            packed.packed_rows, 2, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=False, ROWS=8, BLOCK=64,
-            SPAN=128, SPLITS=splits, STAGES=3, BITS=bits, GROUP=64,
+    for rows_, splits in ((8, 1), (64, 1), (8, 2)):
+        tile = rows_tile(FFN, HIDDEN, rows_, bits, 2)
+        report[f"packed_rows {bits}, {rows_} rows, {splits} ranges"] = compile(
+            packed.packed_rows, tile.warps, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=False,
+            ROWS=tile.rows, BLOCK=tile.block, SPAN=tile.span, SPLITS=splits, STAGES=tile.stages,
+            BITS=bits, GROUP=64,
         )
     report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
 print(json.dumps(report))
