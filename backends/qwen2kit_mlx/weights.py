@@ -29,8 +29,11 @@ from qwen2kit_mlx.model import LayerParams, ModelParams
 BITS = (2, 3, 4, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-LOADED_BYTES = 256 << 20
-"""What is read together: one wait for each such portion, and at most two of them in two copies."""
+READ_BYTES = 64 << 20
+"""What is read together, while what was read before is stacked."""
+HELD_BYTES = 512 << 20
+"""On CUDA, what has been stacked is kept up to here: memory that a GPU has read would be the next to
+be written, which makes it move back."""
 _KEYS = "k_proj"
 _QKV = ("q_proj", _KEYS, "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
@@ -71,6 +74,7 @@ class WeightLoader:
         self._homes: dict[str, _Home] = {}
         self._unread: dict[Path, dict[str, mx.array]] = {}
         self._update: Callable[[str], LowRank | None] = lambda name: None
+        self._taken: list[mx.array] = []
         self.tensors = self.bytes = 0
 
     def load(self, weights: WeightSource) -> ModelParams:
@@ -94,15 +98,13 @@ class WeightLoader:
         head = embed if self._spec.tie_word_embeddings else self._single(weights, LM_HEAD)
         norm = self._vector(weights, FINAL_NORM)
         layers: list[LayerParams] = []
-        before, arrays = [*embed.arrays(), *head.arrays(), norm], list[mx.array]()
+        held = HELD_BYTES if self._kernels.paces else 0
+        portions = _Portions([*embed.arrays(), *head.arrays(), norm], held)
         for modules in by_layer.values():
             layers.append(self._layer(weights, modules))
-            arrays += _arrays(layers[-1])
-            if sum(array.nbytes for array in arrays) >= LOADED_BYTES:
-                mx.async_eval(arrays)  # type: ignore[no-untyped-call]
-                mx.eval(before)
-                before, arrays = arrays, []
-        mx.eval(before, arrays)
+            self._taken = portions.add(self._taken, _arrays(layers[-1]))
+        portions.finish(self._taken)
+        self._taken = []
         return ModelParams(embed=embed, layers=tuple(layers), norm=norm, head=head)
 
     def export(self, device: mx.Device) -> Iterator[tuple[str, HostTensor]]:
@@ -182,7 +184,53 @@ class WeightLoader:
         path, name = tensor.origin
         if name not in self._unread.get(path, {}):
             self._unread[path] = _opened(path)
-        return self._unread[path].pop(name)  # dropped here, so that stacking frees it
+        self._taken.append(self._unread[path].pop(name))  # dropped here: stacking frees it
+        return self._taken[-1]
+
+
+class _Portions:
+    """Reads files portion by portion while a GPU stacks the portion before. It is handed only
+    what has been read: waiting for every single array costs it more than copying.
+
+    Args:
+        arrays: parameters made of what has been taken from files so far.
+        most: bytes of stacked arrays that are kept until the end.
+    """
+
+    def __init__(self, arrays: list[mx.array], most: int) -> None:
+        self._arrays, self._most = arrays, most
+        self._started: list[mx.array] = []
+        self._before: list[mx.array] = []
+        self._held: list[mx.array] = []
+
+    def add(self, taken: list[mx.array], arrays: list[mx.array]) -> list[mx.array]:
+        """More parameters, made of ``taken``; gives back what of it is yet to be read."""
+        self._arrays += arrays
+        if _size(taken) < READ_BYTES:
+            return taken
+        mx.async_eval(taken)  # type: ignore[no-untyped-call]
+        self._stack()
+        self._started, self._before, self._arrays = taken, self._arrays, []
+        return []
+
+    def finish(self, taken: list[mx.array]) -> None:
+        """Read and stack the rest."""
+        mx.async_eval(taken)  # type: ignore[no-untyped-call]
+        self._stack()
+        mx.eval(taken)
+        mx.eval(self._arrays, self._before)
+
+    def _stack(self) -> None:
+        mx.eval(self._started)
+        mx.async_eval(self._before)  # type: ignore[no-untyped-call]
+        self._held += self._started
+        if _size(self._held) > self._most:
+            mx.eval(self._before)
+            self._held = []
+
+
+def _size(arrays: list[mx.array]) -> int:
+    return sum(array.nbytes for array in arrays)
 
 
 def _opened(path: Path) -> dict[str, mx.array]:
