@@ -32,8 +32,8 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 READ_BYTES = 64 << 20
 """What is read together, while what was read before is stacked."""
 HELD_BYTES = 512 << 20
-"""On CUDA, what has been stacked is kept up to here: memory that a GPU has read would be the next to
-be written, which makes it move back."""
+"""On CUDA, what has been stacked is kept up to here: memory that the GPU has read would be the next
+to be written, which makes it move back."""
 _KEYS = "k_proj"
 _QKV = ("q_proj", _KEYS, "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
