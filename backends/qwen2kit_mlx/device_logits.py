@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
+from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.memory import bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 
 LOGIT_ROWS = 128  # positions whose vocabulary row exists at the same time
 FEWER = "fewer slots, a shorter context, or a model of fewer bits"
-SUM_BLOCK = 512  # terms added up in one go
 
 
 class DeviceLogits:
@@ -46,7 +46,9 @@ class DeviceLogits:
         parts = []
         with mx.stream(self._device):
             for rows in self._slices():
-                parts.append(_shortlist(self._slice(rows), size, edits[rows]))
+                parts.append(
+                    _shortlist(self._decoder.kernels, self._slice(rows), size, edits[rows])
+                )
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Shortlist(*columns)
 
@@ -82,17 +84,8 @@ def best_ids(logits_NV: mx.array, limit: int | None) -> mx.array:
     return mx.where(mx.abs(peak_N) < mx.inf, best_N, BROKEN)
 
 
-def log_sum_exp(logits_NV: mx.array) -> mx.array:
-    """``[N]``, summed in two levels: one float32 sum over 150 thousand terms on the CPU is off by
-    up to 7e-4 nats a token, which adds up over a continuation."""
-    count, vocab = logits_NV.shape
-    padded = mx.pad(logits_NV, [(0, 0), (0, -vocab % SUM_BLOCK)], constant_values=-mx.inf)
-    blocks = mx.logsumexp(padded.reshape(count, -1, SUM_BLOCK), axis=-1)
-    return mx.logsumexp(blocks, axis=-1)
-
-
 def _shortlist(
-    logits_NV: mx.array, size: int, edits: Sequence[Edit]
+    kernels: Kernels, logits_NV: mx.array, size: int, edits: Sequence[Edit]
 ) -> tuple[NDArray[np.generic], ...]:
     """The arrays of a `Shortlist`, in its order."""
     vocab = logits_NV.shape[-1]
@@ -108,9 +101,9 @@ def _shortlist(
     outputs = (
         found,
         mx.take_along_axis(edited_NV, found, axis=-1),
-        log_sum_exp(edited_NV / warmth_N1),
+        kernels.log_sum_exp(edited_NV / warmth_N1),
         mx.take_along_axis(raw_NV, found, axis=-1),
-        log_sum_exp(raw_NV),
+        kernels.log_sum_exp(raw_NV),
     )
     mx.eval(outputs)
     ids, scores, total, raw, raw_total = (np.asarray(array) for array in outputs)

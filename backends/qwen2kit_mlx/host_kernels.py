@@ -59,6 +59,26 @@ class HostKernels(NativeKernels):
         y = y if bias is None else y + bias
         return y if onto is None else onto + y
 
+    def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
+        """See `Kernels.swiglu`."""
+        wide = _host(gate)
+        share = np.negative(wide)
+        with np.errstate(over="ignore"):  # infinity is right: the gate is shut
+            np.exp(share, out=share)
+        share += np.float32(1)
+        np.divide(wide, share, out=share)
+        share *= _host(up)
+        return mx.array(share).astype(gate.dtype)
+
+    def log_sum_exp(self, logits_NV: mx.array) -> mx.array:
+        """See `Kernels.log_sum_exp`; NumPy adds pairwise."""
+        logits = _host(logits_NV)
+        peak_N1 = logits.max(axis=-1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # rows that are not finite are marked by the result
+            powers = logits - peak_N1
+            np.exp(powers, out=powers)
+        return mx.array(np.log(powers.sum(axis=-1)) + peak_N1[:, 0])
+
     def attention(
         self, q_BHTC: mx.array, k_BKSC: mx.array, v_BKSC: mx.array, scale: float, mask: Mask
     ) -> mx.array:

@@ -17,7 +17,7 @@ from qwen2kit.backend.protocol import Score, ScoreRequest
 from qwen2kit.generate.prefix import plan_scores
 from qwen2kit.generate.prefix_pack import Pack, pack_steps
 from qwen2kit_mlx.attention import Prompt
-from qwen2kit_mlx.device_logits import LOGIT_ROWS, log_sum_exp
+from qwen2kit_mlx.device_logits import LOGIT_ROWS
 from qwen2kit_mlx.memory import bounded_by_memory
 from qwen2kit_mlx.model import Decoder
 from qwen2kit_mlx.passes import PREFILL_TOKENS
@@ -105,7 +105,7 @@ def _look_up(
         inside = np.flatnonzero((rows >= start) & (rows < start + LOGIT_ROWS))
         logits_NV = decoder.logits(hidden_ND[start : start + LOGIT_ROWS]).astype(mx.float32)
         row, token = mx.array(rows[inside] - start), mx.array(tokens[inside])
-        logprobs = logits_NV[row, token] - log_sum_exp(logits_NV)[row]
+        logprobs = logits_NV[row, token] - decoder.kernels.log_sum_exp(logits_NV)[row]
         parts.append(_Part(inside, logprobs, mx.argmax(logits_NV, axis=-1)[row] == token))
     return parts
 

@@ -10,6 +10,7 @@ mx = pytest.importorskip("mlx.core")
 from qwen2kit.backend.slots import BROKEN, Edit  # noqa: E402
 from qwen2kit.engine.host_logits import HostLogits  # noqa: E402
 from qwen2kit_mlx.device_logits import DeviceLogits  # noqa: E402
+from qwen2kit_mlx.kernels import NativeKernels  # noqa: E402
 
 VOCAB = 1000
 RNG = np.random.default_rng(4)
@@ -17,6 +18,8 @@ RNG = np.random.default_rng(4)
 
 class Head:
     """A decoder whose residual stream is the logits already."""
+
+    kernels = NativeKernels(fuse=False)
 
     def __init__(self, spec: object = None) -> None:
         self.spec = type("Spec", (), {"vocab_size": VOCAB})()
