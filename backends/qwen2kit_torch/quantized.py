@@ -2,9 +2,8 @@
 
 The values are those of MLX's affine quantisation (`qwen2kit.weights.affine`), so that checkpoints
 stored in it (or in AWQ's or GPTQ's runs of inputs) are kept as they are. The codes lie otherwise,
-as tensor cores take them: four words hold ``128 / bits`` neighbours; word ``j`` of them has inputs
-``4j`` to ``4j + 3`` (with 4 bits also ``16 + 4j`` to ``16 + 4j + 3``, eight bits higher), even ones
-in its low and odd ones in its high half, the second pair ``bits`` higher than the first.
+as tensor cores take them: four words hold ``128 / bits`` neighbours, and word ``j`` of them has
+inputs ``8i + 2j`` and ``8i + 2j + 1`` at bit ``bits * i`` of its low and of its high half.
 """
 
 from __future__ import annotations
@@ -169,22 +168,19 @@ def quantize(weight: Tensor, *, bits: int, group: int) -> Quantized:
 
 def to_words(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 ``[N, D]`` as they are stored, int32 ``[N, D * bits / 32]``."""
-    # [chunk, j, pair, half], with 4 bits [chunk, which four, j, pair, half].
-    if bits == 8:
-        cells = codes.view(len(codes), -1, 4, 2, 2).transpose(-1, -2)
-    else:
-        cells = codes.view(len(codes), -1, 2, 4, 2, 2).permute(0, 1, 3, 5, 2, 4)
-        cells = cells[..., 0] | cells[..., 1] << 4
+    # chunk, i, j, half -> chunk, j, half, i
+    cells = codes.view(len(codes), -1, 16 // bits, 4, 2).permute(0, 1, 3, 4, 2)
+    if bits == 4:
+        cells = cells[..., 0::2] | cells[..., 1::2] << 4
     return cells.reshape(len(codes), -1).view(torch.int32)
 
 
 def from_words(words: Tensor, bits: int) -> Tensor:
     """Codes uint8 ``[N, D]`` of int32 words."""
     cells = words.view(torch.uint8).view(len(words), -1, 4, 2, 2)
-    if bits == 8:
-        return cells.transpose(-1, -2).reshape(len(words), -1)
-    cells = torch.stack([cells & 15, cells >> 4], -1)
-    return cells.permute(0, 1, 4, 2, 5, 3).reshape(len(words), -1)
+    if bits == 4:
+        cells = torch.stack([cells & 15, cells >> 4], -1).flatten(-2)
+    return cells.permute(0, 1, 4, 2, 3).reshape(len(words), -1)
 
 
 def _quantize(rows: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:

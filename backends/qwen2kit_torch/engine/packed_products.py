@@ -15,7 +15,7 @@ from qwen2kit_torch.quantized import Quantized
 
 # Rows of one launch, and more than which are worth expanding the matrix for the vendor's product.
 MOST_ROWS = 64
-_EXPANDED = 256
+_EXPANDED = 192
 
 
 @dataclass(frozen=True, slots=True)

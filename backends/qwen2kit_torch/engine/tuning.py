@@ -1,6 +1,7 @@
 """How much of a matrix one program of a product kernel reads.
 
-Chosen by shape from measurements on an H100 (`benchmarks/torch_decode.py`): whole rows in one tile
+Chosen by shape from measurements on an H100 (`benchmarks/torch_decode.py`; those of packed weights
+on an H200, `benchmarks/torch_packed.py`): whole rows in one tile
 where they fit, as many programs as keep all multiprocessors busy, and in each thread enough loads
 on their way to keep the memory busy.
 """
@@ -11,7 +12,6 @@ from dataclasses import dataclass
 
 _WIDEST = 4096
 _WASTE = 1.34
-_IDLE = 0.15
 _PROGRAMS = 528
 _LEAST_TURNS = 2
 _TALL = 8192
@@ -95,37 +95,28 @@ def packed_tile(height: int, width: int, bits: int) -> Tile:
 
     Every lane takes 16 bytes of each row, so that no sums of ``x`` are shared between warps.
     """
-    rows = 8 if height >= _TALL // 2 else 4 if height >= _TALL // 4 else 2
-    block = 512
-    while height < _TALL and block < 2048 and _idle(width * bits // 8, 2 * block) <= _IDLE:
-        block *= 2
+    if height >= _TALL:
+        return Tile(8, 512, 1)
+    block = max(512, min(2048, power_of_two(width * bits // 8)))
+    rows = 2 if block == 512 else 4 if block == 1024 or bits == 8 else 8
     return Tile(rows, block, block // 512)
 
 
 def rows_tile(height: int, width: int, rows: int, bits: int, itemsize: int) -> RowsTile:
-    """For ``rows`` rows times a matrix ``[height, width]`` in ``bits``; ``itemsize`` of ``x``.
-
-    Two warps: with four, and more than eight rows, the compiler takes instructions whose operands
-    the codes do not match.
-    """
-    span = 32 if itemsize > 2 else 256 if bits == 4 and rows <= 16 else 128
+    """For ``rows`` rows times a matrix ``[height, width]`` in ``bits``; ``itemsize`` of ``x``."""
+    span = 32 if itemsize > 2 else 256 if bits == 4 and rows <= 32 else 128
     while width % span:
         span //= 2
     block = 64
-    blocks = -(-height // block)
-    warps = 4 if rows <= 8 else 2
-    splits = max(1, min(_PROGRAMS // blocks, width // span // _LEAST_TURNS, _MOST_SPLITS))
-    return RowsTile(max(8, power_of_two(rows)), block, span, splits, warps, 3)
+    programs = _PROGRAMS if rows <= 32 else _PROGRAMS // 2
+    most = min(_MOST_SPLITS, width // span // _LEAST_TURNS)
+    splits = max(1, min(programs // -(-height // block), most))
+    return RowsTile(max(16, power_of_two(rows)), block, span, splits, 4, 3)
 
 
 def power_of_two(number: int) -> int:
     """The smallest power of two that is at least ``number``."""
     return 1 << max(0, number - 1).bit_length()
-
-
-def _idle(width: int, block: int) -> float:
-    """Share of lanes beyond the end of ``width``."""
-    return 1 - width / (-(-width // block) * block)
 
 
 def _tile(rows: int, block: int, warps: int | None = None, repeat: int = 1) -> Tile:

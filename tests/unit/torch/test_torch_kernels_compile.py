@@ -85,7 +85,7 @@ report["best_of_blocks"] = compile(
     rows.best_of_blocks, HEIGHT=VOCAB, BLOCKS=75, BLOCK=2048
 )
 for bits in (4, 8):
-    for rows_, splits in ((8, 1), (64, 1), (8, 2)):
+    for rows_, splits in ((16, 1), (64, 1), (16, 2)):
         tile = rows_tile(FFN, HIDDEN, rows_, bits, 2)
         report[f"packed_rows {bits}, {rows_} rows, {splits} ranges"] = compile(
             packed.packed_rows, tile.warps, HEIGHT=FFN, WIDTH=HIDDEN, BIASED=False,

@@ -61,27 +61,23 @@ def packed_products(
 def _chunk_sums(tile, x, norm, scale, chunk, known, NORMED: tl.constexpr, BITS: tl.constexpr):
     """Sums of ``code * x`` ``[rows, chunks]`` and of ``x`` ``[chunks]``."""
     COUNT: tl.constexpr = chunk.shape[0]
+    word = tl.arange(0, 4)[None, :]
     sums = tl.zeros(tile.shape, tl.float32)
     raised = tl.zeros((COUNT, 4), tl.float32)
     whole = tl.zeros((COUNT, 4), tl.float32)
-    for four in tl.static_range(8 // BITS):
-        pair = chunk[:, None] * (64 // BITS) + four * 8 + tl.arange(0, 8)[None, :]
-        even, odd = _pair(x, pair, known[:, None])
+    for turn in tl.static_range(16 // BITS):
+        pair = chunk[:, None] * (64 // BITS) + turn * 4 + word
+        first, second = _pair(x, pair, known[:, None])
         if NORMED:
             one, other = _pair(norm, pair, known[:, None])
-            even = (even.to(tl.float32) * scale).to(one.dtype) * one
-            odd = (odd.to(tl.float32) * scale).to(one.dtype) * other
-        first, third = tl.split(tl.reshape(even.to(tl.float32), (COUNT, 4, 2)))
-        second, fourth = tl.split(tl.reshape(odd.to(tl.float32), (COUNT, 4, 2)))
-        low, high = first + second, third + fourth
-        raised += low * 256.0 + high * (256.0 if BITS == 8 else 16.0)
-        whole += low + high
-        sums += _raised(tile, four * 8, BITS) * tl.reshape(first, (COUNT * 4,))[None, :]
-        sums += _raised(tile, four * 8 + 16, BITS) * tl.reshape(second, (COUNT * 4,))[None, :]
-        sums += _raised(tile, four * 8 + BITS, BITS) * tl.reshape(third, (COUNT * 4,))[None, :]
-        sums += (
-            _raised(tile, four * 8 + BITS + 16, BITS) * tl.reshape(fourth, (COUNT * 4,))[None, :]
-        )
+            first = (first.to(tl.float32) * scale).to(one.dtype) * one
+            second = (second.to(tl.float32) * scale).to(one.dtype) * other
+        first, second = first.to(tl.float32), second.to(tl.float32)
+        raised += (first + second) * (256.0 if BITS == 8 or turn % 2 == 0 else 16.0)
+        whole += first + second
+        first, second = tl.reshape(first, (COUNT * 4,)), tl.reshape(second, (COUNT * 4,))
+        sums += _raised(tile, turn * BITS, BITS) * first[None, :]
+        sums += _raised(tile, turn * BITS + 16, BITS) * second[None, :]
     sums = tl.sum(tl.reshape(sums, (tile.shape[0], COUNT, 4)), 2)
     return sums - tl.sum(raised, 1)[None, :], tl.sum(whole, 1)
 
@@ -209,13 +205,13 @@ def _scaled_tile(
     second = _scaled_pair(tile, step, offset, BITS, dtype, BITS)
     if BITS == 8:
         joint = tl.reshape(tl.join(first, second), (rows.shape[0], SPAN // 16, 4, 2, 2))
-        joint = tl.permute(joint, (0, 1, 2, 4, 3))
+        joint = tl.permute(joint, (0, 1, 4, 2, 3))
     else:
         third = _scaled_pair(tile, step, offset, 8, dtype, BITS)
         fourth = _scaled_pair(tile, step, offset, 12, dtype, BITS)
         joint = tl.join(tl.join(first, second), tl.join(third, fourth))
         joint = tl.reshape(joint, (rows.shape[0], SPAN // 32, 4, 2, 2, 2))
-        joint = tl.permute(joint, (0, 1, 5, 2, 4, 3))
+        joint = tl.permute(joint, (0, 1, 5, 4, 2, 3))
     return tl.reshape(joint, (rows.shape[0], SPAN))
 
 
@@ -311,7 +307,7 @@ def expand(
     CHUNKS: tl.constexpr = WIDTH * BITS // 128
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1) * (BLOCK // 16) + tl.arange(0, BLOCK // 16)
-    word = tl.arange(0, 4)[None, :]
+    word, half = tl.arange(0, 4)[None, :], tl.arange(0, 2)[None, None, :]
     inside = chunk < CHUNKS
     tile = tl.load(
         codes + row * (CHUNKS * 4) + chunk[:, None] * 4 + word, mask=inside[:, None], other=0
@@ -319,13 +315,7 @@ def expand(
     cell = row * (WIDTH // GROUP) + chunk * (128 // BITS) // GROUP
     step, offset = _pair(steps, cell, inside)
     step, offset = step.to(tl.float32)[:, None], offset.to(tl.float32)[:, None]
-    place = word[:, :, None, None] * 4 + tl.arange(0, 2)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    for four in tl.static_range(8 // BITS):
-        first = _scaled_pair(tile, step, offset, four * 8, dense.dtype.element_ty, BITS)
-        second = _scaled_pair(tile, step, offset, four * 8 + BITS, dense.dtype.element_ty, BITS)
-        column = chunk[:, None, None, None] * (128 // BITS) + four * 16 + place
-        tl.store(
-            dense + row * WIDTH + column,
-            tl.permute(tl.join(first, second), (0, 1, 3, 2)),
-            mask=inside[:, None, None, None],
-        )
+    for turn in tl.static_range(16 // BITS):
+        pair = _scaled_pair(tile, step, offset, turn * BITS, dense.dtype.element_ty, BITS)
+        column = (chunk[:, None] * (128 // BITS) + turn * 8 + word * 2)[:, :, None] + half
+        tl.store(dense + row * WIDTH + column, pair, mask=inside[:, None, None])
