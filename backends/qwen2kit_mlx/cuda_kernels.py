@@ -52,14 +52,14 @@ class CUDAKernels(NativeKernels):
         norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear` and `cuda_products`."""
+        x = normed(x, norm)
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, bias, onto, norm=norm)
+            found = self._packed(x, weight, bits, group_size, bias, onto)
             if found is not None:
                 return found
         if rows < FEW:
-            return super().affine_linear(x, weight, bits, group_size, bias, onto, norm)
-        x = normed(x, norm)
+            return super().affine_linear(x, weight, bits, group_size, bias, onto)
         packed, scales, biases = weight
         parts = [
             self.linear(
@@ -81,12 +81,13 @@ class CUDAKernels(NativeKernels):
         norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
+        x = normed(x, norm)
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, norm=norm, paired=True)
+            found = self._packed(x, weight, bits, group_size, paired=True)
             if found is not None:
                 return found
-        return super().affine_swiglu(x, weight, bits, group_size, norm)
+        return super().affine_swiglu(x, weight, bits, group_size)
 
     def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
         """See `Kernels.mask`."""

@@ -20,7 +20,6 @@ import mlx.core as mx
 
 from qwen2kit_mlx.cuda_compile import CompileError, cubin
 from qwen2kit_mlx.cuda_source import PRIMITIVES, PRODUCT
-from qwen2kit_mlx.kernels import Norm
 
 BITS: Final = (4, 8)
 DTYPES: Final = (mx.bfloat16, mx.float16)
@@ -105,10 +104,9 @@ class PackedProduct:
         """Have the kernels for one row and this weight ready soon."""
         out, dtype = weight[0].shape[0], weight[1].dtype
         how = tiles(1, out, weight[1].shape[1] * group_size, bits)
-        kinds = [(False, False), (True, False)] if out < DEEP else [(True, False), (True, True)]
-        for norm, paired in kinds:  # what decoders have, by the number of outputs
-            normed = norm and dtype == mx.bfloat16
-            self._code(bits, group_size, dtype, how, normed=normed, paired=paired)
+        self._code(bits, group_size, dtype, how, paired=False)
+        if out >= WIDE:  # it may be that of SwiGLU
+            self._code(bits, group_size, dtype, how, paired=True)
 
     def __call__(
         self,
@@ -119,7 +117,6 @@ class PackedProduct:
         bias: mx.array | None = None,
         onto: mx.array | None = None,
         *,
-        norm: Norm | None = None,
         paired: bool = False,
         how: Tiles | None = None,
     ) -> mx.array | None:
@@ -130,32 +127,26 @@ class PackedProduct:
             weight: values, scales and biases; see `fits`.
             bias: ``[out]``.
             onto: ``[N, out]``.
-            norm: weights ``[in]`` and epsilon of an RMSNorm of ``x``.
             paired: give SwiGLU ``[N, out / 2]`` of the product's first and second half.
             how: tiles; those of `tiles` if None.
         """
-        if norm is not None and x.dtype != mx.bfloat16:
-            x, norm = mx.fast.rms_norm(x, *norm), None
         rows, width = x.shape
         out = weight[0].shape[0]
         how = how or tiles(rows, out, width, bits)
-        name, code = self._code(
-            bits, group_size, x.dtype, how, normed=norm is not None, paired=paired
-        )
+        name, code = self._code(bits, group_size, x.dtype, how, paired=paired)
         binary = self._wait(code)
         if binary is None:
             return None
-        factors, eps = (weight[1], 0.0) if norm is None else norm
         given = [weight[1] if part is None else part for part in (bias, onto)]
         tile, out = (8, out // 2) if paired else (16, out)
         threads = 32 * how.warps
         (found,) = mx.fast.precompiled_cuda_kernel(
             name=name,
             compiled_source=binary,
-            inputs=[x, *weight, *given, factors],
+            inputs=[x, *weight, *given],
             output_shapes=[(rows, out)],
             output_dtypes=[x.dtype],
-            scalars=[rows, out, width, int(bias is not None), int(onto is not None), float(eps)],
+            scalars=[rows, out, width, int(bias is not None), int(onto is not None)],
             grid=(-(-out // (tile * how.outputs)) * threads, -(-rows // (8 * how.tokens)), 1),
             threadgroup=(threads, 1, 1),
             ensure_row_contiguous=True,
@@ -163,20 +154,12 @@ class PackedProduct:
         return found
 
     def _code(
-        self,
-        bits: int,
-        group_size: int,
-        dtype: mx.Dtype,
-        how: Tiles,
-        *,
-        normed: bool,
-        paired: bool = False,
+        self, bits: int, group_size: int, dtype: mx.Dtype, how: Tiles, *, paired: bool
     ) -> tuple[str, Future[bytes]]:
         macros = {
             "BITS": bits,
             "GROUP": group_size,
             "BF16": int(dtype == mx.bfloat16),
-            "NORMED": int(normed),
             "PAIRED": int(paired),
             "TILES": how.tokens,
             "ROWS": how.outputs,

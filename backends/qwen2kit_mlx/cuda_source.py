@@ -7,9 +7,8 @@ what makes compiling them a matter of a tenth of a second.
 Defined from outside: ``NAME``; ``BITS`` 4 or 8; ``GROUP`` 32, 64 or 128; ``BF16`` 1 or 0 (float16);
 ``TILES`` blocks of 8 tokens; ``ROWS`` blocks of 16 outputs; ``WARPS`` that share the inputs of a
 thread block; ``AHEAD`` chunks a warp loads before it multiplies; ``PAIRED`` 1 if the weight is a
-gate above an up projection and SwiGLU of both is wanted, else 0; ``NORMED`` 1 if the input is yet
-to be normalised (bfloat16 only: weighted before it is divided, float16 could overflow), else 0;
-``BLOCKS`` thread blocks that registers must be left for on a multiprocessor.
+gate above an up projection and SwiGLU of both is wanted, else 0; ``BLOCKS`` thread blocks that
+registers must be left for on a multiprocessor.
 """
 
 from __future__ import annotations
@@ -98,7 +97,6 @@ PRODUCT: Final = r"""
 #define MINUS_SMALL 0xE400E400u
 #define ONE 0x3C003C00u
 #endif
-#define MINUS_ZERO 0x80008000u  /* added to a product, it changes nothing */
 #define CHUNK (512 / BITS)    /* inputs that four threads read of a row with one load each */
 #define PIECE (128 / BITS)    /* inputs of one thread among them: within one group */
 #define STRIDE (WARPS * CHUNK / GROUP)  /* groups from one of a warp's chunks to its next */
@@ -130,9 +128,7 @@ __device__ __forceinline__ void unpack(const uint4& piece, int j, u32 small, u32
 }
 
 /* out[M, N] = x[M, K] @ w[N, K].T (+ bias[N]) (+ onto[M, N]); if PAIRED, w is [2 N, K] and
-   out = silu(x @ w[:N].T) * (x @ w[N:].T). If NORMED, x is first made its RMSNorm with weights
-   norm[K]: the sum of squares comes out of the tensor cores beside the product, as the diagonal of
-   tokens times tokens, and divides the result.
+   out = silu(x @ w[:N].T) * (x @ w[N:].T).
 
    A thread block computes OUTPUTS columns of TOKENS rows. Its warps take every WARPS-th chunk of
    the inputs each and add up through shared memory in a fixed order: a row's result depends
@@ -141,12 +137,8 @@ __device__ __forceinline__ void unpack(const uint4& piece, int j, u32 small, u32
    one product stands where is free as long as both sides agree. */
 extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     const u16* x, const u32* w, const u16* scales, const u16* biases, const u16* bias,
-    const u16* onto, const u16* norm, u16* out, int M, int N, int K, int has_bias, int has_onto,
-    float eps) {
+    const u16* onto, u16* out, int M, int N, int K, int has_bias, int has_onto) {
   __shared__ float part[WARPS * TOKENS * PITCH];
-#if NORMED
-  __shared__ float squares[WARPS * TOKENS];
-#endif
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int first_n = blockIdx.x * OUTPUTS, first_m = blockIdx.y * TOKENS;
   const int chunks = K / CHUNK, groups = K / GROUP;
@@ -182,14 +174,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[r][i][e] = 0.0f;
-#if NORMED
-  const uint4* factors = (const uint4*)(norm + warp * CHUNK + t * PIECE);
-  float square[TILES][4];
-#pragma unroll
-  for (int i = 0; i < TILES; ++i)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) square[i][e] = 0.0f;
-#endif
 
   for (int start = warp; start < chunks; start += WARPS * AHEAD) {
     uint4 packed[AHEAD][ROWS][2];
@@ -215,19 +199,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
 #pragma unroll
       for (int j = 0; j < PIECE / 8; ++j) {  /* eight inputs of this thread, of every token */
         u32 right[TILES][4];
-#if NORMED
-        uint4 factor = load_often(factors + a * WARPS * (CHUNK / 8) + j);
-#endif
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
           uint4 v = load_often(tokens[i] + a * WARPS * (CHUNK / 8) + j);
-#if NORMED
-          const u32 first[4] = {v.x, 0, v.y, 0}, second[4] = {v.z, 0, v.w, 0};
-          multiply_add(square[i], first, v.x, v.y);
-          multiply_add(square[i], second, v.z, v.w);
-          v.x = fma2(v.x, factor.x, MINUS_ZERO), v.y = fma2(v.y, factor.y, MINUS_ZERO);
-          v.z = fma2(v.z, factor.z, MINUS_ZERO), v.w = fma2(v.w, factor.w, MINUS_ZERO);
-#endif
 #if BITS == 4
           right[i][0] = bytes(v.x, v.z, 0x5410), right[i][1] = bytes(v.x, v.z, 0x7632);
           right[i][2] = bytes(v.y, v.w, 0x5410), right[i][3] = bytes(v.y, v.w, 0x7632);
@@ -261,9 +235,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
       }
 #pragma unroll
     for (int i = 0; i < TILES; ++i) tokens[i] += AHEAD * WARPS * (CHUNK / 8);
-#if NORMED
-    factors += AHEAD * WARPS * (CHUNK / 8);
-#endif
   }
 
 #pragma unroll
@@ -275,11 +246,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
         int m = 8 * i + 2 * t + (e & 1), n = 16 * r + g + 8 * (e >> 1);
         part[(warp * TOKENS + m) * PITCH + n] = sum[r][i][e];
       }
-#if NORMED
-#pragma unroll
-  for (int i = 0; i < TILES; ++i)
-    if (t == g / 2) squares[warp * TOKENS + 8 * i + g] = g % 2 ? square[i][1] : square[i][0];
-#endif
   __syncthreads();
   const int count = min(TOKENS, M - first_m) * OUTPUTS;
   for (int i = threadIdx.x; i < count; i += 32 * WARPS) {
@@ -293,18 +259,6 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) NAME(
     float up = 0.0f;
 #pragma unroll
     for (int k = 0; k < WARPS; ++k) up += own[k * TOKENS * PITCH + 8];
-#endif
-#if NORMED
-    float length = 0.0f;
-#pragma unroll
-    for (int k = 0; k < WARPS; ++k) length += squares[k * TOKENS + m];
-    const float scale = rsqrtf(length / K + eps);
-    total *= scale;
-#if PAIRED
-    up *= scale;
-#endif
-#endif
-#if PAIRED
     total = total / (1.0f + expf(-total)) * up;
 #endif
     unsigned long long place = (unsigned long long)(first_m + m) * N + first_n + n;

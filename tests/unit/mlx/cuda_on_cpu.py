@@ -41,7 +41,6 @@ static void __syncthreads() { block_barrier->arrive_and_wait(); }
 
 static float as_float(u32 bits) { float f; std::memcpy(&f, &bits, 4); return f; }
 static u32 as_bits(float f) { u32 b; std::memcpy(&b, &f, 4); return b; }
-static float rsqrtf(float f) { return 1.0f / std::sqrt(f); }
 static uint4 load_once(const uint4* from) { return *from; }
 static uint4 load_often(const uint4* from) { return *from; }
 static u32 load_half(const u16* from) { return *from; }
@@ -100,8 +99,7 @@ static void multiply_add(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 _AFTER = r"""
 #undef min
 extern "C" void run(const u16* x, const u32* w, const u16* s, const u16* b, const u16* bias,
-                    const u16* onto, const u16* norm, u16* out, int M, int N, int K,
-                    float eps) {
+                    const u16* onto, u16* out, int M, int N, int K) {
   for (int by = 0; by < (M + TOKENS - 1) / TOKENS; ++by)
     for (int bx = 0; bx < (N + OUTPUTS - 1) / OUTPUTS; ++bx) {
       block_barrier = std::make_unique<std::barrier<>>(32 * WARPS);
@@ -111,7 +109,7 @@ extern "C" void run(const u16* x, const u32* w, const u16* s, const u16* b, cons
         lanes.emplace_back([=] {
           threadIdx = {i, 0}, blockIdx = {bx, by};
           int has_bias = bias != nullptr, has_onto = onto != nullptr;
-          product(x, w, s, b, bias, onto, norm, out, M, N, K, has_bias, has_onto, eps);
+          product(x, w, s, b, bias, onto, out, M, N, K, has_bias, has_onto);
         });
       for (auto& lane : lanes) lane.join();
     }
@@ -143,15 +141,13 @@ class OnCPU:
         weight: tuple[NDArray[np.uint32], Halves, Halves],
         bias: Halves | None = None,
         onto: Halves | None = None,
-        norm: tuple[Halves, float] | None = None,
     ) -> Halves:
         """``[M, N]``; 16-bit floats as their bits."""
         out = np.zeros((len(x), len(weight[0]) // self._parts), dtype=np.uint16)
-        factors, eps = (None, 0.0) if norm is None else norm
-        arrays = [x, *weight, bias, onto, factors, out]
+        arrays = [x, *weight, bias, onto, out]
         held = [None if array is None else np.ascontiguousarray(array) for array in arrays]
         held[-1] = out
         pointers = [None if a is None else ctypes.c_void_p(a.ctypes.data) for a in held]
         sizes = [ctypes.c_int(n) for n in (*out.shape, x.shape[1])]
-        self._run(*pointers, *sizes, ctypes.c_float(eps))
+        self._run(*pointers, *sizes)
         return out

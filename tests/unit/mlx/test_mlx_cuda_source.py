@@ -74,7 +74,7 @@ def test_the_kernel_computes_what_dequantised_weights_give(
     packed = mx.quantize((normal(out, width) * 0.1).astype(dtype), group, bits)
     given = np.array(packed[0]), raw(packed[1]), raw(packed[2])
     names = ("TILES", "ROWS", "WARPS", "AHEAD")
-    macros = {"BITS": bits, "GROUP": group, "BF16": bf16, "PAIRED": 0, "NORMED": 0}
+    macros = {"BITS": bits, "GROUP": group, "BF16": bf16, "PAIRED": 0}
     macros |= dict(zip(names, shape, strict=True))
     product = OnCPU(tmp_path, macros)
 
@@ -99,17 +99,14 @@ def test_the_kernel_computes_what_dequantised_weights_give(
 def test_the_kernel_computes_swiglu(
     bits: int, rows: int, out: int, tokens: int, outputs: int, tmp_path: Path
 ) -> None:
-    """Of the RMSNorm of its input, as a decoder layer needs it."""
-    x, norm = normal(rows, 384).astype(mx.bfloat16) * 30, 1 + normal(384).astype(mx.bfloat16)
+    x = normal(rows, 384).astype(mx.bfloat16)
     packed = mx.quantize((normal(2 * out, 384) * 0.1).astype(mx.bfloat16), 64, bits)
-    macros = {"BITS": bits, "GROUP": 64, "BF16": 1, "PAIRED": 1, "NORMED": 1}
+    macros = {"BITS": bits, "GROUP": 64, "BF16": 1, "PAIRED": 1}
     macros |= {"TILES": tokens, "ROWS": outputs, "WARPS": 2, "AHEAD": 1}
     given = np.array(packed[0]), raw(packed[1]), raw(packed[2])
-    product = OnCPU(tmp_path, macros)
-    got = wide(mx.array(product(raw(x), given, norm=(raw(norm), 0.5))).view(mx.bfloat16))
+    got = wide(mx.array(OnCPU(tmp_path, macros)(raw(x), given)).view(mx.bfloat16))
     dense = wide(mx.dequantize(*packed, group_size=64, bits=bits))
-    normed = wide(x) / np.sqrt((wide(x) ** 2).mean(-1, keepdims=True) + 0.5) * wide(norm)
-    gate, up = np.split(normed @ dense.T, 2, axis=-1)
+    gate, up = np.split(wide(x) @ dense.T, 2, axis=-1)
     expected = gate / (1 + np.exp(-gate)) * up
     assert got.shape == (rows, out)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2.0**-6 * np.abs(expected).max())
@@ -197,7 +194,7 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
         (768, 1, 1),
     ]
     assert launched[3]["output_shapes"] == [(1, 20)]
-    assert [given["scalars"] for given in launched][2] == [30, 40, 128, 0, 1, 0.0]
+    assert [given["scalars"] for given in launched][2] == [30, 40, 128, 0, 1]
     assert launched[0]["name"] == launched[1]["name"] != launched[2]["name"]
     assert len(compiled) == 3
     assert launched[0]["compiled_source"] == b"sm_90"
@@ -207,7 +204,6 @@ def test_launches(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything but the GPU: launches run on the CPU, and the model's logits stay the same."""
     ready: dict[str, OnCPU] = {}
-    normed: set[float] = set()
 
     def compiles(source: str, architecture: str, macros: dict[str, str]) -> bytes:
         name = macros.pop("NAME")
@@ -217,15 +213,14 @@ def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         return b""
 
     def launch(**given: object) -> list[mx.array]:
-        x, packed, scales, biases, bias, onto, norm = given["inputs"]  # type: ignore[misc]
-        has_bias, has_onto, eps = given["scalars"][3:]  # type: ignore[index]
-        normed.add(eps)
+        x, packed, scales, biases, bias, onto = given["inputs"]  # type: ignore[misc]
+        assert all(isinstance(scalar, int) for scalar in given["scalars"])  # type: ignore[attr-defined]
+        has_bias, has_onto = given["scalars"][3:]  # type: ignore[index]
         added = raw(bias) if has_bias else None, raw(onto) if has_onto else None
         found = ready[given["name"]](  # type: ignore[index]
             raw(x),
             (np.array(packed), raw(scales), raw(biases)),
             *added,
-            (raw(norm), eps) if eps else None,
         )
         assert [found.shape] == given["output_shapes"]
         return [mx.array(found).view(x.dtype)]
@@ -249,7 +244,7 @@ def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     exact = logits(HostKernels(), mx.float32)
     host = logits(HostKernels(), mx.bfloat16)
     ours = logits(CUDAKernels(fuse=False, architecture="none"), mx.bfloat16)
-    assert normed == {0.0, spec.rms_norm_eps}
+    assert len(ready) == 2
     assert np.abs(ours - exact).mean() < 1.2 * np.abs(host - exact).mean()
 
 
@@ -257,7 +252,7 @@ def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_nvrtc_takes_the_source(bits: int, bf16: int) -> None:
     how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1"}
-    how |= {"PAIRED": "1", "NORMED": str(bf16), "BLOCKS": "2"}
+    how |= {"PAIRED": "1", "BLOCKS": "2"}
     try:
         code = cubin(
             PRIMITIVES + PRODUCT,
