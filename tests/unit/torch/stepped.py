@@ -18,6 +18,11 @@ class Stepped:
         from qwen2kit_torch.engine.joined import join
         from qwen2kit_torch.engine.step import Step
 
+        for (
+            module
+        ) in model.module.modules():  # as on CUDA, where a network fills the kernels' cache
+            if hasattr(module, "anchored"):
+                module.anchored = False
         self.eager = EagerSlots(model.module, count=count, capacity=capacity)
         rope = model.module.rotary.tables(capacity, torch.device("cpu"), torch.float32)
         self.step = Step(
