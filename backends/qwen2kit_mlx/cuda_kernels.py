@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qwen2kit_mlx.cuda_products import FEW, MOST, PackedProduct, dense_parts, fits
-from qwen2kit_mlx.kernels import Mask, NativeKernels, Norm, normed
+from qwen2kit_mlx.kernels import Mask, NativeKernels
 
 
 class CUDAKernels(NativeKernels):
@@ -49,10 +49,8 @@ class CUDAKernels(NativeKernels):
         group_size: int,
         bias: mx.array | None = None,
         onto: mx.array | None = None,
-        norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear` and `cuda_products`."""
-        x = normed(x, norm)
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
             found = self._packed(x, weight, bits, group_size, bias, onto)
@@ -73,15 +71,9 @@ class CUDAKernels(NativeKernels):
         return y if onto is None else onto + y
 
     def affine_swiglu(
-        self,
-        x: mx.array,
-        weight: tuple[mx.array, mx.array, mx.array],
-        bits: int,
-        group_size: int,
-        norm: Norm | None = None,
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
-        x = normed(x, norm)
         rows, width = x.shape
         if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
             found = self._packed(x, weight, bits, group_size, paired=True)

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit_mlx.kernels import Mask, NativeKernels, Norm, normed
+from qwen2kit_mlx.kernels import Mask, NativeKernels
 
 _SCORES_PER_BLOCK = 1 << 24  # attention scores held at a time: 64 MiB
 Floats = NDArray[np.float32]
@@ -46,10 +46,8 @@ class HostKernels(NativeKernels):
         group_size: int,
         bias: mx.array | None = None,
         onto: mx.array | None = None,
-        norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear`; several rows are cheaper with the weight unpacked once."""
-        x = normed(x, norm)
         packed, scales, biases = weight[0], _wide(weight[1]), _wide(weight[2])
         if x.size <= 2 * x.shape[-1]:
             wide = (packed, scales, biases)

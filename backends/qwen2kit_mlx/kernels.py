@@ -14,8 +14,6 @@ from typing import Literal, Protocol
 import mlx.core as mx
 
 Mask = mx.array | Literal["causal"] | None
-Norm = tuple[mx.array, float]
-"""Weights ``[in]`` and epsilon of an RMSNorm that comes before a product."""
 
 _SUM_BLOCK = 512  # terms added up in one go
 
@@ -53,20 +51,13 @@ class Kernels(Protocol):
         group_size: int,
         bias: mx.array | None = None,
         onto: mx.array | None = None,
-        norm: Norm | None = None,
     ) -> mx.array:
         """``x @ w.T + bias + onto`` with ``w`` packed as (values, scales, biases) in MLX affine
-        quantisation, ``bias`` ``[out]`` and ``onto`` ``[N, out]``; of the RMSNorm of ``x`` if
-        ``norm`` is given."""
+        quantisation, ``bias`` ``[out]`` and ``onto`` ``[N, out]``."""
         ...
 
     def affine_swiglu(
-        self,
-        x: mx.array,
-        weight: tuple[mx.array, mx.array, mx.array],
-        bits: int,
-        group_size: int,
-        norm: Norm | None = None,
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
     ) -> mx.array:
         """`swiglu` ``[N, out / 2]`` of the first and the second half of `affine_linear`."""
         ...
@@ -131,33 +122,20 @@ class NativeKernels:
         group_size: int,
         bias: mx.array | None = None,
         onto: mx.array | None = None,
-        norm: Norm | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear`."""
         packed, scales, biases = weight
         y = mx.quantized_matmul(
-            normed(x, norm),
-            packed,
-            scales,
-            biases,
-            transpose=True,
-            group_size=group_size,
-            bits=bits,
+            x, packed, scales, biases, transpose=True, group_size=group_size, bits=bits
         )
         y = y if bias is None else y + bias
         return y if onto is None else onto + y
 
     def affine_swiglu(
-        self,
-        x: mx.array,
-        weight: tuple[mx.array, mx.array, mx.array],
-        bits: int,
-        group_size: int,
-        norm: Norm | None = None,
+        self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
-        both = self.affine_linear(x, weight, bits, group_size, norm=norm)
-        return self.swiglu(*mx.split(both, 2, axis=-1))
+        return self.swiglu(*mx.split(self.affine_linear(x, weight, bits, group_size), 2, axis=-1))
 
     def expect(
         self, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
@@ -186,11 +164,6 @@ class NativeKernels:
     ) -> mx.array:
         """See `Kernels.attention`."""
         return mx.fast.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, scale=scale, mask=mask)
-
-
-def normed(x: mx.array, norm: Norm | None) -> mx.array:
-    """RMSNorm of ``[..., in]``, or ``x`` if there is no norm."""
-    return x if norm is None else mx.fast.rms_norm(x, *norm)
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from qwen2kit_mlx.kernels import Kernels, Norm, normed
+from qwen2kit_mlx.kernels import Kernels
 
 
 class Matrix(Protocol):
@@ -19,16 +19,12 @@ class Matrix(Protocol):
 
     bias: mx.array | None
 
-    def __call__(
-        self, x: mx.array, onto: mx.array | None = None, norm: Norm | None = None
-    ) -> mx.array:
-        """``x [N, in] -> [N, out]``, of the RMSNorm of ``x`` if ``norm`` is given, added to
-        ``onto`` if given."""
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
+        """``x [N, in] -> [N, out]``, added to ``onto`` if given."""
         ...
 
-    def swiglu(self, x: mx.array, norm: Norm) -> mx.array:
-        """``[N, out / 2]`` from the RMSNorm of ``x``: the first half of the outputs gates the
-        second."""
+    def swiglu(self, x: mx.array) -> mx.array:
+        """``[N, out / 2]``: the first half of the outputs gates the second."""
         ...
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
@@ -47,16 +43,13 @@ class Dense:
         self.kernels, self.weight, self.bias = kernels, weight, bias
         self._turned = weight.T
 
-    def __call__(
-        self, x: mx.array, onto: mx.array | None = None, norm: Norm | None = None
-    ) -> mx.array:
-        x = normed(x, norm)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         if self.bias is None or onto is None:
             return self.kernels.linear(x, self._turned, self.bias if onto is None else onto)
         return onto + self.kernels.linear(x, self._turned, self.bias)
 
-    def swiglu(self, x: mx.array, norm: Norm) -> mx.array:
-        return self.kernels.swiglu(*mx.split(self(x, norm=norm), 2, axis=-1))
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -84,17 +77,15 @@ class Affine:
         self.bits, self.group_size = bits, group_size
         kernels.expect(weight, bits, group_size)
 
-    def __call__(
-        self, x: mx.array, onto: mx.array | None = None, norm: Norm | None = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         return self.kernels.affine_linear(
-            x, self.weight, self.bits, self.group_size, self.bias, onto, norm
+            x, self.weight, self.bits, self.group_size, self.bias, onto
         )
 
-    def swiglu(self, x: mx.array, norm: Norm) -> mx.array:
+    def swiglu(self, x: mx.array) -> mx.array:
         if self.bias is not None:
-            return self.kernels.swiglu(*mx.split(self(x, norm=norm), 2, axis=-1))
-        return self.kernels.affine_swiglu(x, self.weight, self.bits, self.group_size, norm)
+            return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+        return self.kernels.affine_swiglu(x, self.weight, self.bits, self.group_size)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -121,15 +112,12 @@ class Stacked:
     def __init__(self, parts: Sequence[Single], sizes: Sequence[int]) -> None:
         self.parts, self.sizes = tuple(parts), tuple(sizes)
 
-    def __call__(
-        self, x: mx.array, onto: mx.array | None = None, norm: Norm | None = None
-    ) -> mx.array:
-        x = normed(x, norm)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         y = mx.concatenate([part(x) for part in self.parts], axis=-1)
         return y if onto is None else onto + y
 
-    def swiglu(self, x: mx.array, norm: Norm) -> mx.array:
-        return self.parts[0].kernels.swiglu(*mx.split(self(x, norm=norm), 2, axis=-1))
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.parts[0].kernels.swiglu(*mx.split(self(x), 2, axis=-1))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         offset = 0

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2kit.adapters.lora import LowRank
-from qwen2kit_mlx.kernels import Kernels, Norm, normed
+from qwen2kit_mlx.kernels import Kernels
 from qwen2kit_mlx.linear import Matrix
 
 
@@ -30,15 +30,12 @@ class LoRA:
         self.kernels, self.base, self.down, self.up = kernels, base, down, up
         self.bias = base.bias
 
-    def __call__(
-        self, x: mx.array, onto: mx.array | None = None, norm: Norm | None = None
-    ) -> mx.array:
-        x = normed(x, norm)
+    def __call__(self, x: mx.array, onto: mx.array | None = None) -> mx.array:
         narrow = self.kernels.linear(x, self.down.T, None)
         return self.kernels.linear(narrow, self.up.T, self.base(x, onto))
 
-    def swiglu(self, x: mx.array, norm: Norm) -> mx.array:
-        return self.kernels.swiglu(*mx.split(self(x, norm=norm), 2, axis=-1))
+    def swiglu(self, x: mx.array) -> mx.array:
+        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         base = self.base.dense_rows(start, stop)

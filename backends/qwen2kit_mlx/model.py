@@ -111,7 +111,7 @@ class Decoder:
 
     def logits(self, x: mx.array) -> mx.array:
         """``[..., D]`` from `__call__` to logits ``[..., V]`` in the compute dtype."""
-        return self.params.head(x, norm=(self.params.norm, self.spec.rms_norm_eps))
+        return self.params.head(self.final_norm(x))
 
 
 class Between:
@@ -135,7 +135,7 @@ class Between:
         again)."""
         layer = self._layer
         x_ND = layer.o(attended, x_ND)
-        gated_NF = layer.gate_up.swiglu(x_ND, (layer.post_norm, self._eps))
+        gated_NF = layer.gate_up.swiglu(mx.fast.rms_norm(x_ND, layer.post_norm, self._eps))
         x_ND = layer.down(gated_NF, x_ND)
         if self._following is None:
             return x_ND, x_ND
@@ -144,4 +144,4 @@ class Between:
 
 def stacked_heads(layer: LayerParams, x_ND: mx.array, eps: float) -> mx.array:
     """Queries, keys and values ``[N, G * C]`` of a layer."""
-    return layer.qkv(x_ND, norm=(layer.input_norm, eps))
+    return layer.qkv(mx.fast.rms_norm(x_ND, layer.input_norm, eps))
