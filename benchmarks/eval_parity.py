@@ -7,7 +7,7 @@ Every implementation gets the same tasks, shots and prompts. Per task: the large
 log-probabilities in nats, whether the same answers win and the same texts are generated, and the
 wall time. Exits with 7 if a difference exceeds the tolerance or an answer differs. Over a long text
 (rolling tasks) the rounding of ``hf``'s float32 log-softmax adds up; ``--hf-softmax float64`` ends
-that.
+that; `rolling_parity.py` measures both against float64.
 """
 
 from __future__ import annotations
