@@ -43,13 +43,14 @@ def enter_private_root(readable: Sequence[str], work_bytes: int) -> None:
     os.umask(0o022)
     mount(None, "/", flags=MS_REC | MS_PRIVATE)
     mount("tmpfs", _STAGE, "tmpfs", MS_NOSUID | MS_NODEV, _ROOT_OPTIONS)
+    Path(_STAGE + WORK_DIRECTORY).mkdir()
+    options = f"size={work_bytes},nr_inodes={_MOST_FILES},mode=1777"
+    mount("tmpfs", _STAGE + WORK_DIRECTORY, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    # After it: packages may be installed below it.
     for path in _outermost(readable):
         _show(path)
     for device in _DEVICES:
         _bind(device)
-    Path(_STAGE + WORK_DIRECTORY).mkdir()
-    options = f"size={work_bytes},nr_inodes={_MOST_FILES},mode=1777"
-    mount("tmpfs", _STAGE + WORK_DIRECTORY, "tmpfs", MS_NOSUID | MS_NODEV, options)
     mount(None, _STAGE, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     pivot_into(_STAGE)
 

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -127,6 +128,24 @@ def test_ends_are_told_apart(program: str, verdict: str, detail: str) -> None:
     assert (outcome.verdict, outcome.detail) == (verdict, detail), outcome
     assert outcome.passed == (verdict == "passed")
     assert not outcome.survivors
+
+
+@pytest.mark.parametrize("layers", [layers for layers in CONFINED if "namespaces" in layers])
+def test_packages_below_the_temporary_directory_are_seen(
+    layers: tuple[Layer, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if breaches(layers) is None:
+        pytest.skip("these layers cannot be had here")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # as an environment there would be
+        packages = Path(folder, "packages")
+        packages.mkdir(mode=0o755)
+        (packages / "planted.py").write_text("fruit = 7")
+        known = run._import_path()
+        monkeypatch.setattr(run, "_import_path", lambda: [*known, str(packages)])
+        own = Sandbox(layers=layers, limits=Limits(seconds=2.0))
+        found = own.run("import planted; open('f', 'w'); print(planted.fruit)")
+        assert (found.verdict, found.output) == ("passed", "7\n"), found
+        assert attempts(own, f"attempt('write', lambda: open({str(packages / 'x')!r}, 'w'))") == []
 
 
 def test_memory_is_limited(sandbox: Sandbox) -> None:
