@@ -46,9 +46,16 @@ def enter_private_root(readable: Sequence[str], work_bytes: int) -> None:
     Path(_STAGE + WORK_DIRECTORY).mkdir()
     options = f"size={work_bytes},nr_inodes={_MOST_FILES},mode=1777"
     mount("tmpfs", _STAGE + WORK_DIRECTORY, "tmpfs", MS_NOSUID | MS_NODEV, options)
-    # After it: packages may be installed below it.
-    for path in _outermost(readable):
+    shown = _outermost(readable)
+    # Packages may be installed below it, beside which nothing shall be put either.
+    shelves = _shelves(shown)
+    for shelf in shelves:
+        Path(_STAGE + shelf).mkdir()
+        mount("tmpfs", _STAGE + shelf, "tmpfs", MS_NOSUID | MS_NODEV, _ROOT_OPTIONS)
+    for path in shown:
         _show(path)
+    for shelf in shelves:
+        mount(None, _STAGE + shelf, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
     for device in _DEVICES:
         _bind(device)
     mount(None, _STAGE, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
@@ -62,6 +69,13 @@ def _outermost(paths: Sequence[str]) -> list[str]:
         if not any(Path(path).is_relative_to(other) for other in kept):
             kept.append(path)
     return kept
+
+
+def _shelves(paths: Sequence[str]) -> list[str]:
+    """The directories directly below `WORK_DIRECTORY` that hold ``paths`` deeper down."""
+    below = [Path(path) for path in paths if Path(path).is_relative_to(WORK_DIRECTORY)]
+    depth = len(Path(WORK_DIRECTORY).parts) + 1
+    return sorted({str(Path(*path.parts[:depth])) for path in below if len(path.parts) > depth})
 
 
 def _show(path: str) -> None:
