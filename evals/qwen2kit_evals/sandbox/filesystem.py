@@ -42,24 +42,33 @@ def enter_private_root(readable: Sequence[str], work_bytes: int) -> None:
     """
     os.umask(0o022)
     mount(None, "/", flags=MS_REC | MS_PRIVATE)
-    mount("tmpfs", _STAGE, "tmpfs", MS_NOSUID | MS_NODEV, _ROOT_OPTIONS)
-    Path(_STAGE + WORK_DIRECTORY).mkdir()
-    options = f"size={work_bytes},nr_inodes={_MOST_FILES},mode=1777"
-    mount("tmpfs", _STAGE + WORK_DIRECTORY, "tmpfs", MS_NOSUID | MS_NODEV, options)
+    _in_memory("", _ROOT_OPTIONS)
+    _in_memory(WORK_DIRECTORY, f"size={work_bytes},nr_inodes={_MOST_FILES},mode=1777")
     shown = _outermost(readable)
     # Packages may be installed below it, beside which nothing shall be put either.
     shelves = _shelves(shown)
     for shelf in shelves:
-        Path(_STAGE + shelf).mkdir()
-        mount("tmpfs", _STAGE + shelf, "tmpfs", MS_NOSUID | MS_NODEV, _ROOT_OPTIONS)
+        _in_memory(shelf, _ROOT_OPTIONS)
     for path in shown:
         _show(path)
     for shelf in shelves:
-        mount(None, _STAGE + shelf, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+        _seal(shelf)
     for device in _DEVICES:
         _bind(device)
-    mount(None, _STAGE, flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    _seal("")
     pivot_into(_STAGE)
+
+
+def _in_memory(path: str, options: str) -> None:
+    """An empty file system at ``path`` of the new root, which is "" itself."""
+    Path(_STAGE + path).mkdir(exist_ok=True)
+    mount("tmpfs", _STAGE + path, "tmpfs", MS_NOSUID | MS_NODEV, options)
+
+
+def _seal(path: str, flags: int = 0) -> None:
+    """Make the mount at ``path`` of the new root read-only, not those below it."""
+    flags |= MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
+    mount(None, _STAGE + path, flags=flags)
 
 
 def _outermost(paths: Sequence[str]) -> list[str]:
@@ -83,12 +92,7 @@ def _show(path: str) -> None:
         os.symlink(os.readlink(path), _STAGE + path)
         return
     _bind(path)
-    flags = os.statvfs(path).f_flag & _LOCKED_FLAGS
-    mount(
-        None,
-        _STAGE + path,
-        flags=MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV | flags,
-    )
+    _seal(path, os.statvfs(path).f_flag & _LOCKED_FLAGS)
 
 
 def _bind(path: str) -> None:
