@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qwen2kit.partial_file import write_text_atomically
 from qwen2kit_torch.fused.cublaslt import Problem, version
 
 # A gain below this is noise, and then PyTorch's own call is as good.
@@ -109,9 +110,8 @@ class Remembered:
             with _locked(self.path):
                 self._known = {**self._known, **_read(self.path)}
                 self._known.setdefault(key, choice.hex())
-                fresh = self.path.with_suffix(f".{os.getpid()}")
-                fresh.write_text(json.dumps(self._known, indent=0, sort_keys=True) + "\n")
-                fresh.replace(self.path)
+                text = json.dumps(self._known, indent=0, sort_keys=True)
+                write_text_atomically(self.path, text + "\n")
         except OSError:
             self._known.setdefault(key, choice.hex())
         return bytes.fromhex(self._known[key])
