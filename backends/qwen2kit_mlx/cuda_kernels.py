@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from qwen2kit_mlx.cuda_products import FEW, MOST, PackedProduct, dense_parts, fits
-from qwen2kit_mlx.kernels import Mask, NativeKernels
+from qwen2kit_mlx.kernels import Mask, NativeKernels, added
 
 
 class CUDAKernels(NativeKernels):
@@ -51,11 +51,10 @@ class CUDAKernels(NativeKernels):
         onto: mx.array | None = None,
     ) -> mx.array:
         """See `Kernels.affine_linear` and `cuda_products`."""
+        found = self._own(x, weight, bits, group_size, bias, onto)
+        if found is not None:
+            return found
         rows, width = x.shape
-        if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, bias, onto)
-            if found is not None:
-                return found
         if rows < FEW:
             return super().affine_linear(x, weight, bits, group_size, bias, onto)
         packed, scales, biases = weight
@@ -68,18 +67,31 @@ class CUDAKernels(NativeKernels):
             for some in dense_parts(packed.shape[0], width, x.dtype.size)
         ]
         y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        return y if onto is None else onto + y
+        return added(y, None, onto)
 
     def affine_swiglu(
         self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
+        found = self._own(x, weight, bits, group_size, paired=True)
+        return super().affine_swiglu(x, weight, bits, group_size) if found is None else found
+
+    def _own(
+        self,
+        x: mx.array,
+        weight: tuple[mx.array, mx.array, mx.array],
+        bits: int,
+        group_size: int,
+        bias: mx.array | None = None,
+        onto: mx.array | None = None,
+        *,
+        paired: bool = False,
+    ) -> mx.array | None:
+        """By our product (see `PackedProduct`), or None where it cannot be had."""
         rows, width = x.shape
-        if self._packed is not None and rows <= MOST and fits(width, bits, x.dtype):
-            found = self._packed(x, weight, bits, group_size, paired=True)
-            if found is not None:
-                return found
-        return super().affine_swiglu(x, weight, bits, group_size)
+        if self._packed is None or rows > MOST or not fits(width, bits, x.dtype):
+            return None
+        return self._packed(x, weight, bits, group_size, bias, onto, paired=paired)
 
     def mask(self, visible: mx.array, dtype: mx.Dtype) -> mx.array:
         """See `Kernels.mask`."""

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit_mlx.kernels import Mask, NativeKernels
+from qwen2kit_mlx.kernels import Mask, NativeKernels, added
 
 _SCORES_PER_BLOCK = 1 << 24  # attention scores held at a time: 64 MiB
 Floats = NDArray[np.float32]
@@ -54,8 +54,7 @@ class HostKernels(NativeKernels):
             y = super().affine_linear(_wide(x), wide, bits, group_size).astype(x.dtype)
         else:
             y = self.linear(x, mx.dequantize(packed, scales, biases, group_size, bits).T, None)
-        y = y if bias is None else y + bias
-        return y if onto is None else onto + y
+        return added(y, bias, onto)
 
     def swiglu(self, gate: mx.array, up: mx.array) -> mx.array:
         """See `Kernels.swiglu`."""

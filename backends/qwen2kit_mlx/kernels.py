@@ -128,14 +128,13 @@ class NativeKernels:
         y = mx.quantized_matmul(
             x, packed, scales, biases, transpose=True, group_size=group_size, bits=bits
         )
-        y = y if bias is None else y + bias
-        return y if onto is None else onto + y
+        return added(y, bias, onto)
 
     def affine_swiglu(
         self, x: mx.array, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
     ) -> mx.array:
         """See `Kernels.affine_swiglu`."""
-        return self.swiglu(*mx.split(self.affine_linear(x, weight, bits, group_size), 2, axis=-1))
+        return gated(self, self.affine_linear(x, weight, bits, group_size))
 
     def expect(
         self, weight: tuple[mx.array, mx.array, mx.array], bits: int, group_size: int
@@ -164,6 +163,17 @@ class NativeKernels:
     ) -> mx.array:
         """See `Kernels.attention`."""
         return mx.fast.scaled_dot_product_attention(q_BHTC, k_BKSC, v_BKSC, scale=scale, mask=mask)
+
+
+def added(y_NO: mx.array, bias: mx.array | None, onto: mx.array | None) -> mx.array:
+    """``onto + (y + bias)``, of what there is."""
+    y_NO = y_NO if bias is None else y_NO + bias
+    return y_NO if onto is None else onto + y_NO
+
+
+def gated(kernels: Kernels, y_N2F: mx.array) -> mx.array:
+    """`Kernels.swiglu` ``[N, F]`` of the first and the second half of each row."""
+    return kernels.swiglu(*mx.split(y_N2F, 2, axis=-1))
 
 
 def _swiglu(gate: mx.array, up: mx.array) -> mx.array:

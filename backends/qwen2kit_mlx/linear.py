@@ -11,7 +11,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.kernels import Kernels, gated
 
 
 class Matrix(Protocol):
@@ -49,7 +49,7 @@ class Dense:
         return onto + self.kernels.linear(x, self._turned, self.bias)
 
     def swiglu(self, x: mx.array) -> mx.array:
-        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+        return gated(self.kernels, self(x))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Rows of the weight: ``tokens [...] -> [..., in]``."""
@@ -84,7 +84,7 @@ class Affine:
 
     def swiglu(self, x: mx.array) -> mx.array:
         if self.bias is not None:
-            return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+            return gated(self.kernels, self(x))
         return self.kernels.affine_swiglu(x, self.weight, self.bits, self.group_size)
 
     def embed(self, tokens: mx.array) -> mx.array:
@@ -117,7 +117,7 @@ class Stacked:
         return y if onto is None else onto + y
 
     def swiglu(self, x: mx.array) -> mx.array:
-        return self.parts[0].kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+        return gated(self.parts[0].kernels, self(x))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         offset = 0

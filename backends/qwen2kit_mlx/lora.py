@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen2kit.adapters.lora import LowRank
-from qwen2kit_mlx.kernels import Kernels
+from qwen2kit_mlx.kernels import Kernels, gated
 from qwen2kit_mlx.linear import Matrix
 
 
@@ -35,7 +35,7 @@ class LoRA:
         return self.kernels.linear(narrow, self.up.T, self.base(x, onto))
 
     def swiglu(self, x: mx.array) -> mx.array:
-        return self.kernels.swiglu(*mx.split(self(x), 2, axis=-1))
+        return gated(self.kernels, self(x))
 
     def dense_rows(self, start: int, stop: int) -> mx.array:
         base = self.base.dense_rows(start, stop)
