@@ -1,6 +1,9 @@
-"""Which of several exit codes says why a run failed."""
+"""How a launcher of several processes ends: its exit code, and signals that come too late."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 import pytest
 
@@ -25,3 +28,22 @@ def test_the_cause_is_told_from_its_consequences(codes: list[int], cause: int) -
     from qwen2kit_torch.parallel.launch import root_cause
 
     assert root_cause(codes) == cause
+
+
+def test_signals_after_the_end_change_nothing() -> None:
+    code = """
+import os, signal, weakref
+from qwen2kit_torch.parallel.launch import SIGNALS, launch
+
+class Late: pass
+def late_signals():
+    for name in SIGNALS.split(","):
+        os.kill(os.getpid(), signal.Signals[name])
+late = Late()
+weakref.finalize(late, late_signals)
+print(launch(1, 0, ["-c", "print('did it', flush=True)"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "did it\n0\n", "")

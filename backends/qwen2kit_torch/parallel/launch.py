@@ -59,7 +59,15 @@ def launch(processes: int, max_restarts: int, program: list[str]) -> int:
         return code if code > 0 else 128 - code
     except SignalException as error:
         return 128 + error.sigval
+    finally:
+        _deaf()
     return 0
+
+
+def _deaf() -> None:
+    """It is over: a signal has nobody to reach any more, and the exit code stands."""
+    for name in SIGNALS.split(","):
+        signal.signal(signal.Signals[name], signal.SIG_IGN)
 
 
 def root_cause(codes: list[int]) -> int:

@@ -46,6 +46,22 @@ def stay():
         os._exit(0)
     os.read(reader, 1)
 
+def multiply():
+    reader, writer = os.pipe()
+    children = []
+    try:
+        while len(children) <= {processes}:
+            if not (child := os.fork()):
+                os.close(writer)
+                os.read(reader, 1)
+                os._exit(0)
+            children.append(child)
+    finally:
+        os.close(writer)
+        for child in children:
+            os.waitpid(child, 0)
+
+attempt("start any number of processes", multiply)
 attempt("use the network", connect)
 attempt("use the network", send)
 attempt("read your files", lambda: open({readable!r}).read())
@@ -146,6 +162,7 @@ def probe(sandbox: Sandbox) -> tuple[str, ...]:
                 readable=str(readable),
                 writable=str(writable),
                 parent=os.getpid(),
+                processes=sandbox.limits.processes,
             )
         )
     if not outcome.passed:
