@@ -7,8 +7,8 @@ or rare products it is PyTorch's own product.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -49,21 +49,21 @@ def multiply(a: Tensor, b: Tensor, *, turn_a: bool = False, turn_b: bool = False
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``total += a.T @ b`` for float32 ``total [N, K]`` and ``a [M, N]``, ``b [M, K]``, on CUDA."""
-    _compute(a, b, total, turn_a=True, turn_b=False, onto=total)
+    _compute(_Operands(a, b, total, turn_a=True, onto=total))
     return total
 
 
 @torch.library.custom_op("qwen2kit::linear", mutates_args=())
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None) -> Tensor:
     out = x.new_empty(len(x), len(weight))
-    _compute(x, weight, out, turn_a=False, turn_b=True, bias=bias, onto=onto)
+    _compute(_Operands(x, weight, out, turn_b=True, bias=bias, onto=onto))
     return out
 
 
 @torch.library.custom_op("qwen2kit::multiply", mutates_args=())
 def _multiply(a: Tensor, b: Tensor, turn_a: bool, turn_b: bool) -> Tensor:
     out = a.new_empty(a.shape[1 if turn_a else 0], b.shape[0 if turn_b else 1])
-    _compute(a, b, out, turn_a=turn_a, turn_b=turn_b)
+    _compute(_Operands(a, b, out, turn_a, turn_b))
     return out
 
 
@@ -99,6 +99,85 @@ def _backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_backward, setup_context=_remember)
 
 
+@dataclass(frozen=True, slots=True)
+class _Operands:
+    """One product: ``out = a @ b + bias + onto``.
+
+    Attributes:
+        a, b: stored transposed where ``turn_a``, ``turn_b`` say so.
+        out: ``[M, N]``.
+        bias: ``[N]`` or None.
+        onto: ``[M, N]`` in the dtype of ``out``, maybe ``out`` itself, or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    out: Tensor
+    turn_a: bool = False
+    turn_b: bool = False
+    bias: Tensor | None = None
+    onto: Tensor | None = None
+
+    @property
+    def inner(self) -> int:
+        """K."""
+        return self.a.shape[0 if self.turn_a else 1]
+
+    @property
+    def problem(self) -> Problem:
+        """What it is apart from the numbers."""
+        rows, columns = self.out.shape
+        added = self.bias is not None, self.onto is not None
+        dtypes = self.a.dtype, self.out.dtype
+        return Problem(rows, columns, self.inner, self.turn_a, self.turn_b, *dtypes, *added)
+
+    @property
+    def tunable(self) -> bool:
+        """Whether its algorithm is worth choosing, and can be chosen."""
+        return (
+            self.a.is_cuda
+            and self.a.dtype in (torch.bfloat16, torch.float16)
+            and self.out.numel() * self.inner >= _WORTHWHILE
+            and library() is not None
+        )
+
+    def contiguous(self) -> _Operands:
+        """The same of operands that are contiguous."""
+        a, b = self.a.contiguous(), self.b.contiguous()
+        onto = None if self.onto is None else self.onto.contiguous()
+        return _Operands(a, b, self.out, self.turn_a, self.turn_b, self.bias, onto)
+
+    def elsewhere(self) -> _Operands:
+        """The same into scratch memory, which it is added to if that was ``out``."""
+        scratch = torch.empty_like(self.out)
+        return replace(self, out=scratch, onto=scratch if self.onto is self.out else self.onto)
+
+    def by(self, product: Product, algorithm: bytes) -> None:
+        """Compute it by one of cuBLASLt's algorithms; operands are contiguous."""
+        product.run(algorithm, self.a, self.b, self.out, self.bias, self.onto)
+
+    def by_torch(self) -> None:
+        """Compute it by PyTorch."""
+        a = self.a.t() if self.turn_a else self.a
+        b = self.b.t() if self.turn_b else self.b
+        out, bias, onto = self.out, self.bias, self.onto
+        if onto is out:
+            if a.dtype == out.dtype:
+                out.addmm_(a, b)
+            elif a.is_cuda:
+                torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+            else:
+                out.add_((a @ b).to(out.dtype))
+        elif bias is not None:
+            torch.addmm(bias, a, b, out=out)
+            if onto is not None:
+                out.add_(onto)
+        elif onto is not None:
+            torch.addmm(onto, a, b, out=out)
+        else:
+            torch.mm(a, b, out=out)
+
+
 @dataclass(slots=True)
 class _Way:
     """How a problem is computed: by ``algorithm`` of ``product``, or by PyTorch without one."""
@@ -112,56 +191,25 @@ class _Way:
 _ways: dict[tuple[int, Problem], _Way] = {}
 
 
-def _compute(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    *,
-    turn_a: bool,
-    turn_b: bool,
-    bias: Tensor | None = None,
-    onto: Tensor | None = None,
-) -> None:
-    """``out = a @ b + bias + onto``; ``onto`` may be ``out``."""
-    inner = a.shape[0 if turn_a else 1]
-    if not _tunable(a, out, inner):
-        _by_torch(a, b, out, turn_a, turn_b, bias, onto)
+def _compute(given: _Operands) -> None:
+    if not given.tunable:
+        given.by_torch()
         return
-    a, b = a.contiguous(), b.contiguous()
-    onto = None if onto is None else onto.contiguous()
-    rows, columns = out.shape
-    added = bias is not None, onto is not None
-    problem = Problem(rows, columns, inner, turn_a, turn_b, a.dtype, out.dtype, *added)
-    way = _ways.setdefault((out.device.index, problem), _Way())
+    given = given.contiguous()
+    problem = given.problem
+    way = _ways.setdefault((given.out.device.index, problem), _Way())
     if not way.settled:
-        _settle(way, problem, a, b, out, bias, onto)
+        _settle(way, problem, given)
     if way.product is None or not way.algorithm:
-        _by_torch(a, b, out, turn_a, turn_b, bias, onto)
+        given.by_torch()
     else:
-        way.product.run(way.algorithm, a, b, out, bias, onto)
+        given.by(way.product, way.algorithm)
 
 
-def _tunable(a: Tensor, out: Tensor, inner: int) -> bool:
-    return (
-        a.is_cuda
-        and a.dtype in (torch.bfloat16, torch.float16)
-        and out.numel() * inner >= _WORTHWHILE
-        and library() is not None
-    )
-
-
-def _settle(
-    way: _Way,
-    problem: Problem,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    onto: Tensor | None,
-) -> None:
+def _settle(way: _Way, problem: Problem, given: _Operands) -> None:
     """Find ``way``'s algorithm: remembered, or measured once the problem has come up often."""
     way.seen += 1
-    known = _remembered(out.device.index)
+    known = _remembered(given.out.device.index)
     choice = known.get(problem)
     if choice is None and (way.seen < _OFTEN or torch.cuda.is_current_stream_capturing()):
         return
@@ -169,72 +217,30 @@ def _settle(
     try:
         way.product = Product(problem)
         if choice is None:
-            choice = known.settle(problem, _measured(way.product, problem, a, b, out, bias, onto))
+            choice = known.settle(problem, _measured(way.product, given))
         elif choice:
             # Once with somewhere else to write, so that a choice that no longer runs does no harm.
-            scratch = torch.empty_like(out)
-            way.product.run(choice, a, b, scratch, bias, onto)
+            given.elsewhere().by(way.product, choice)
         way.algorithm = choice
     except (CublasLtError, torch.OutOfMemoryError):
         way.product = None
 
 
-def _measured(
-    product: Product,
-    problem: Problem,
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    onto: Tensor | None,
-) -> bytes:
-    scratch = torch.empty_like(out)
-    added = scratch if onto is out else onto
-
-    def by(algorithm: bytes) -> Callable[[], None]:
-        return lambda: product.run(algorithm, a, b, scratch, bias, added)
-
+def _measured(product: Product, given: _Operands) -> bytes:
+    tried = given.elsewhere()
     ways: dict[bytes, Callable[[], None]] = {}
-    for algorithm in product.proposals(bias):
+    for algorithm in product.proposals(tried.bias):
         try:
-            product.run(algorithm, a, b, scratch, bias, added)
+            tried.by(product, algorithm)
         except CublasLtError:
             continue
-        ways[algorithm] = by(algorithm)
+        ways[algorithm] = partial(tried.by, product, algorithm)
     # PyTorch would copy what a product is added to elsewhere.
-    if onto is None or onto is out or not ways:
-        ways[b""] = lambda: _by_torch(a, b, scratch, problem.turn_a, problem.turn_b, bias, added)
+    if tried.onto is None or tried.onto is tried.out or not ways:
+        ways[b""] = tried.by_torch
     return fastest(ways)
 
 
 @cache
 def _remembered(device: int) -> Remembered:
     return remembered(device)
-
-
-def _by_torch(
-    a: Tensor,
-    b: Tensor,
-    out: Tensor,
-    turn_a: bool,
-    turn_b: bool,
-    bias: Tensor | None,
-    onto: Tensor | None,
-) -> None:
-    a, b = a.t() if turn_a else a, b.t() if turn_b else b
-    if onto is out:
-        if a.dtype == out.dtype:
-            out.addmm_(a, b)
-        elif a.is_cuda:
-            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:
-            out.add_((a @ b).to(out.dtype))
-        return
-    if bias is not None:
-        torch.addmm(bias, a, b, out=out)
-        if onto is not None:
-            out.add_(onto)
-    elif onto is not None:
-        torch.addmm(onto, a, b, out=out)
-    else:
-        torch.mm(a, b, out=out)

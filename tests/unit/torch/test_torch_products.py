@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from qwen2kit_torch.fused import products  # noqa: E402
 from qwen2kit_torch.fused.algorithms import Remembered, quickest  # noqa: E402
-from qwen2kit_torch.fused.cublaslt import Problem  # noqa: E402
+from qwen2kit_torch.fused.cublaslt import CublasLtError, Problem  # noqa: E402
 from qwen2kit_torch.fused.products import linear_onto, multiply  # noqa: E402
 
 PROBLEM = Problem(64, 32, 16, False, True, torch.bfloat16, torch.bfloat16, False, False)
@@ -100,6 +103,106 @@ def test_choices_are_kept_in_memory_where_there_is_no_room_for_a_file(tmp_path: 
     assert known.get(PROBLEM) == b"\x07"
 
 
+class Multiplier:
+    """A `Product` on a CPU: ``good`` computes, ``bad`` is refused."""
+
+    ran: ClassVar[list[bytes]] = []
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def proposals(self, bias: torch.Tensor | None) -> list[bytes]:
+        assert (bias is not None) == self.problem.bias
+        return [b"bad", b"good"]
+
+    def run(
+        self,
+        algorithm: bytes,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        out: torch.Tensor,
+        bias: torch.Tensor | None,
+        onto: torch.Tensor | None,
+    ) -> None:
+        if algorithm == b"bad":
+            raise CublasLtError("refused")
+        self.ran.append(algorithm)
+        a, b = a.t() if self.problem.turn_a else a, b.t() if self.problem.turn_b else b
+        found = a.to(out.dtype) @ b.to(out.dtype)
+        for more in (bias, onto):
+            found = found if more is None else found + more
+        assert found.shape == (self.problem.rows, self.problem.columns)
+        out.copy_(found)
+
+
+@pytest.fixture
+def tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[set[bytes]]:
+    """Products are tuned on this CPU, by `Multiplier`; the keys of every race."""
+    races: list[set[bytes]] = []
+
+    def fastest(ways: Mapping[bytes, Callable[[], None]]) -> bytes:
+        races.append(set(ways))
+        for launch in ways.values():
+            launch()
+        return b"good"
+
+    known = Remembered(tmp_path / "choices.json")
+    monkeypatch.setattr(products._Operands, "tunable", True)
+    monkeypatch.setattr(products, "Product", Multiplier)
+    monkeypatch.setattr(products, "fastest", fastest)
+    monkeypatch.setattr(products, "_ways", {})
+    monkeypatch.setattr(products, "_remembered", lambda device: known)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(Multiplier, "ran", [])
+    return races
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("onto", [False, True])
+def test_an_algorithm_is_chosen_at_the_third_product_and_kept(
+    tuned: list[set[bytes]], monkeypatch: pytest.MonkeyPatch, bias: bool, onto: bool
+) -> None:
+    x, weight = torch.randn(3, 5), torch.randn(4, 5)
+    added, base = torch.randn(4) if bias else None, torch.randn(3, 4) if onto else None
+    expected = torch.nn.functional.linear(x, weight, added)
+    expected = expected if base is None else expected + base
+    # PyTorch copies what a product is added to, and then does not take part.
+    race = {b"good"} if onto else {b"good", b""}
+    for launches in (0, 0, 3, 4):
+        torch.testing.assert_close(linear_onto(x, weight, added, base), expected)
+        assert len(Multiplier.ran) == launches
+    assert tuned == [race]
+    monkeypatch.setattr(products, "_ways", {})
+    Multiplier.ran.clear()
+    torch.testing.assert_close(linear_onto(x, weight, added, base), expected)
+    assert Multiplier.ran == [b"good", b"good"], "tried elsewhere, then used"
+    assert tuned == [race]
+
+
+def test_choosing_leaves_a_running_sum_alone(tuned: list[set[bytes]]) -> None:
+    a, b, total = torch.randn(3, 4), torch.randn(3, 5), torch.ones(4, 5)
+    expected = torch.ones(4, 5)
+    for _ in range(5):
+        products.accumulate_(total, a, b)
+        expected += a.t() @ b
+        torch.testing.assert_close(total, expected)
+    assert tuned == [{b"good", b""}]
+    assert Multiplier.ran
+
+
+def test_a_problem_that_the_library_refuses_is_pytorchs(
+    tuned: list[set[bytes]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(problem: Problem) -> None:
+        raise CublasLtError("refused")
+
+    monkeypatch.setattr(products, "Product", refuses)
+    a, b = torch.randn(3, 5), torch.randn(5, 4)
+    for _ in range(4):
+        torch.testing.assert_close(multiply(a, b), a @ b)
+    assert not tuned
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 class TestOnCuda:
@@ -144,8 +247,6 @@ class TestOnCuda:
     def test_a_tuned_layer_is_the_layer(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from qwen2kit_torch.fused import products
-
         monkeypatch.setattr(products, "_WORTHWHILE", 1)
         monkeypatch.setattr(products, "_ways", {})
         monkeypatch.setattr(products, "_remembered", lambda device: known)
@@ -168,13 +269,11 @@ class TestOnCuda:
         assert len(json.loads(known.path.read_text())) == 3
 
     def test_accumulation_adds_up_in_float32(self) -> None:
-        from qwen2kit_torch.fused.products import accumulate_
-
         torch.manual_seed(0)
         a = torch.randn(1024, 2048, device="cuda").bfloat16()
         b = torch.randn(1024, 1536, device="cuda").bfloat16()
         total = torch.ones(2048, 1536, device="cuda")
         for _ in range(4):
-            accumulate_(total, a, b)
+            products.accumulate_(total, a, b)
         expected = 1 + 4 * (a.double().t() @ b.double())
         torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-2)
