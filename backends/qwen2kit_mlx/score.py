@@ -63,10 +63,9 @@ def score(
 def _run(decoder: Decoder, store: SlotStore, pack: Pack) -> list[_Part]:
     if not np.array_equal(pack.kept, np.arange(len(pack.kept))):
         store.keep(pack.kept.tolist())
-    wanted = np.concatenate([np.arange(t.first, t.first + len(t.tokens)) for t in pack.targets])
-    scored, rows = np.unique(wanted, return_inverse=True)
-    tokens = np.array([token for target in pack.targets for token in target.tokens])
-    parts = _look_up(decoder, _hidden(decoder, store, pack, scored), rows, tokens)
+    wanted = pack.lookups()
+    hidden_ND = _hidden(decoder, store, pack, wanted.positions)
+    parts = _look_up(decoder, hidden_ND, wanted.rows, wanted.tokens)
     mx.async_eval(*((part.logprobs, part.best) for part in parts))  # type: ignore[no-untyped-call]
     return parts
 
@@ -117,8 +116,4 @@ def _read(pack: Pack, parts: Sequence[_Part]) -> Iterator[tuple[int, Score]]:
         for part in parts:
             logprobs[part.which] = np.asarray(part.logprobs)
             best[part.which] = np.asarray(part.best)
-    start = 0
-    for target in pack.targets:
-        own = slice(start, start + len(target.tokens))
-        start = own.stop
-        yield target.request, Score(float(logprobs[own].sum()), bool(best[own].all()))
+    yield from pack.scores(logprobs, best)

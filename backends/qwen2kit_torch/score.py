@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2kit.backend.protocol import Score, ScoreRequest
-from qwen2kit.generate.prefix import Target, plan_scores
+from qwen2kit.generate.prefix import plan_scores
 from qwen2kit.generate.prefix_pack import Pack, pack_steps
 from qwen2kit_torch.attention import Attend, Visibility
 from qwen2kit_torch.kv_cache import KVCache
@@ -73,32 +73,26 @@ class _Answers:
     """M looked-up tokens, still on the device.
 
     Attributes:
-        targets: whose tokens they are, in order.
+        pack: whose tokens they are.
         logprobs: float64 ``[M]``.
         best: bool ``[M]``, whether the token is the row's argmax.
     """
 
-    targets: tuple[Target, ...]
+    pack: Pack
     logprobs: Tensor
     best: Tensor
 
     def read(self) -> Iterator[tuple[int, Score]]:
         """Each request's score."""
-        logprobs, best = self.logprobs.cpu().numpy(), self.best.cpu().numpy()
-        starts = np.cumsum([0, *(len(target.tokens) for target in self.targets[:-1])])
-        totals = np.add.reduceat(logprobs, starts).tolist()
-        greedy = np.logical_and.reduceat(best, starts).tolist()
-        for target, total, is_greedy in zip(self.targets, totals, greedy, strict=True):
-            yield target.request, Score(total, is_greedy)
+        return self.pack.scores(self.logprobs.cpu().numpy(), self.best.cpu().numpy())
 
 
 @torch.inference_mode()
 def _run(model: Qwen2, cache: KVCache, pack: Pack, budget: Budget) -> _Answers:
     cache.keep_slots(pack.kept.tolist())
-    wanted = np.concatenate([np.arange(t.first, t.first + len(t.tokens)) for t in pack.targets])
-    scored, rows = np.unique(wanted, return_inverse=True)
-    tokens = np.array([token for target in pack.targets for token in target.tokens])
-    hidden_ND = torch.cat(list(_hidden(model, cache, pack, scored, budget.tokens)))
+    wanted = pack.lookups()
+    rows, tokens = wanted.rows, wanted.tokens
+    hidden_ND = torch.cat(list(_hidden(model, cache, pack, wanted.positions, budget.tokens)))
     logprobs = torch.empty(len(rows), dtype=torch.float64, device=hidden_ND.device)
     best = torch.empty(len(rows), dtype=torch.bool, device=hidden_ND.device)
     for start in range(0, len(hidden_ND), budget.logits):
@@ -109,7 +103,7 @@ def _run(model: Qwen2, cache: KVCache, pack: Pack, budget: Budget) -> _Answers:
         )
         logprobs[place] = (logits_NV[row, token] - logits_NV.logsumexp(-1)[row]).double()
         best[place] = logits_NV.argmax(-1)[row] == token
-    return _Answers(pack.targets, logprobs, best)
+    return _Answers(pack, logprobs, best)
 
 
 def _hidden(

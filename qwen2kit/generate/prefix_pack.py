@@ -13,7 +13,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen2kit.backend.protocol import Score
 from qwen2kit.generate.prefix import ScoreStep, Target
+
+
+@dataclass(frozen=True, slots=True)
+class Lookups:
+    """What is to be read from the logits of a pack: M tokens in N rows.
+
+    Attributes:
+        positions: int64 ``[N]``, ascending: the fed positions whose logits are needed.
+        rows: int64 ``[M]``, indices into ``positions``.
+        tokens: int64 ``[M]``.
+    """
+
+    positions: NDArray[np.int64]
+    rows: NDArray[np.intp]
+    tokens: NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +58,28 @@ class Pack:
     def is_plain(self) -> bool:
         """Whether this is one run, for which a causal mask does."""
         return len(self.paths) == 1
+
+    def lookups(self) -> Lookups:
+        """The tokens of all targets, one target after the other."""
+        wanted = [np.arange(t.first, t.first + len(t.tokens)) for t in self.targets]
+        positions, rows = np.unique(np.concatenate(wanted), return_inverse=True)
+        tokens = np.array([token for target in self.targets for token in target.tokens])
+        return Lookups(positions, rows, tokens)
+
+    def scores(
+        self, logprobs: NDArray[np.float64], best: NDArray[np.bool_]
+    ) -> Iterator[tuple[int, Score]]:
+        """Each target's request and score.
+
+        Args:
+            logprobs: ``[M]``, of the tokens of `lookups`.
+            best: ``[M]``, whether the token is the most likely one.
+        """
+        starts = np.cumsum([0, *(len(target.tokens) for target in self.targets[:-1])])
+        totals = np.add.reduceat(logprobs, starts).tolist()
+        greedy = np.logical_and.reduceat(best, starts).tolist()
+        for target, total, is_greedy in zip(self.targets, totals, greedy, strict=True):
+            yield target.request, Score(total, is_greedy)
 
     def visible(self, window: int | None = None) -> NDArray[np.bool_]:
         """What each token may attend to: bool ``[T, trunk + T]``.
