@@ -50,7 +50,7 @@ class DeviceLogits:
                     _shortlist(self._decoder.kernels, self._slice(rows), size, edits[rows])
                 )
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Shortlist(*columns)
+        return Shortlist.in_order(*columns)
 
     @bounded_by_memory(FEWER)
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
@@ -87,7 +87,7 @@ def best_ids(logits_NV: mx.array, limit: int | None) -> mx.array:
 def _shortlist(
     kernels: Kernels, logits_NV: mx.array, size: int, edits: Sequence[Edit]
 ) -> tuple[NDArray[np.generic], ...]:
-    """The arrays of a `Shortlist`, in its order."""
+    """What `Shortlist.in_order` takes."""
     vocab = logits_NV.shape[-1]
     raw_NV = _below(logits_NV.astype(mx.float32), [edit.limit for edit in edits])
     edited_NV = _allowed(_shifted(raw_NV, edits), edits)
@@ -106,12 +106,7 @@ def _shortlist(
         kernels.log_sum_exp(raw_NV),
     )
     mx.eval(outputs)
-    ids, scores, total, raw, raw_total = (np.asarray(array) for array in outputs)
-    order = np.lexsort((ids, -scores), axis=-1)
-    ids, scores, raw = (np.take_along_axis(a, order, axis=-1) for a in (ids, scores, raw))
-    return (
-        ids.astype(np.int64), scores, total.astype(np.float64), raw, raw_total.astype(np.float64)
-    )  # fmt: skip
+    return tuple(np.asarray(array) for array in outputs)
 
 
 def _below(logits_NV: mx.array, limits: Sequence[int | None]) -> mx.array:

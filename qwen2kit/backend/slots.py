@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,6 +84,28 @@ class Shortlist:
     total: NDArray[np.float64]
     raw: NDArray[np.float32]
     raw_total: NDArray[np.float64]
+
+    @classmethod
+    def in_order(
+        cls,
+        ids: NDArray[Any],
+        scores: NDArray[Any],
+        total: NDArray[Any],
+        raw: NDArray[Any],
+        raw_total: NDArray[Any],
+    ) -> Shortlist:
+        """From the k most likely tokens of every row in any order; equals go by id."""
+        import numpy as np
+
+        order = np.lexsort((ids, -scores), axis=-1)
+        ids, scores, raw = (np.take_along_axis(part, order, axis=-1) for part in (ids, scores, raw))
+        return cls(
+            ids=ids.astype(np.int64, copy=False),
+            scores=scores.astype(np.float32, copy=False),
+            total=total.astype(np.float64, copy=False),
+            raw=raw.astype(np.float32, copy=False),
+            raw_total=raw_total.astype(np.float64, copy=False),
+        )
 
     @property
     def sound(self) -> list[bool]:

@@ -53,7 +53,8 @@ class DeviceLogits:
         ]
         parts = [ids, top, raw.gather(1, ids), *(total[:, None] for total in totals)]
         found = torch.cat([part.double() for part in parts], dim=1).cpu().numpy()
-        return _sorted(found, top.shape[1])
+        found_ids, found_scores, found_raw = np.split(found[:, :-2], 3, axis=1)
+        return Shortlist.in_order(found_ids, found_scores, found[:, -2], found_raw, found[:, -1])
 
     @bounded_by_memory
     @torch.inference_mode()
@@ -96,18 +97,3 @@ def _joined(changed: Sequence[tuple[int, Edit]]) -> tuple[Tensor, Tensor, Tensor
     columns = [np.concatenate(part) for part in (rows, ids, scale, shift)]
     first, second, third, fourth = (torch.from_numpy(column) for column in columns)
     return first, second, third, fourth
-
-
-def _sorted(found: NDArray[np.float64], size: int) -> Shortlist:
-    """Columns ids, scores, raw (``size`` each), total, raw total; equals go by id."""
-    ids, scores, raw = found[:, :size], found[:, size : 2 * size], found[:, 2 * size : 3 * size]
-    total, raw_total = found[:, -2], found[:, -1]
-    order = np.lexsort((ids, -scores), axis=-1)
-    ids, scores, raw = (np.take_along_axis(part, order, axis=1) for part in (ids, scores, raw))
-    return Shortlist(
-        ids=ids.astype(np.int64),
-        scores=scores.astype(np.float32),
-        total=total,
-        raw=raw.astype(np.float32),
-        raw_total=raw_total,
-    )
