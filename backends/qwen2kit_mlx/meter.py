@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Final
-
 import mlx.core as mx
 import numpy as np
 
-from qwen2kit.backend.meter import process_peak
+from qwen2kit.backend.meter import process_peak, seconds_of
 from qwen2kit_mlx.kernels import Kernels
-
-_REPEATS: Final = 8
 
 
 class MLXMeter:
@@ -34,10 +28,10 @@ class MLXMeter:
         """See `DeviceMeter.copy_bandwidth`; on a CPU NumPy copies, as its products do."""
         if self._on_cpu:
             source, target = np.ones((2, 1 << 27), dtype=np.uint8)
-            return 2 * source.nbytes / _seconds(lambda: np.copyto(target, source))
+            return 2 * source.nbytes / seconds_of(lambda: np.copyto(target, source))
         with mx.stream(self._device):
             ones = mx.ones(1 << 28, dtype=mx.float32)
-            return 2 * ones.nbytes / _seconds(lambda: mx.eval(ones + 1))
+            return 2 * ones.nbytes / seconds_of(lambda: mx.eval(ones + 1))
 
     def matmul_rate(self) -> float:
         """See `DeviceMeter.matmul_rate`."""
@@ -46,7 +40,7 @@ class MLXMeter:
         with mx.stream(self._device):
             left = mx.random.normal((size, size)).astype(self._dtype)
             right = mx.random.normal((size, size)).astype(self._dtype)
-            return 2 * size**3 / _seconds(lambda: mx.eval(linear(left, right, None)))
+            return 2 * size**3 / seconds_of(lambda: mx.eval(linear(left, right, None)))
 
     def reset_peak(self) -> None:
         """See `DeviceMeter.reset_peak`."""
@@ -55,15 +49,3 @@ class MLXMeter:
     def peak_memory(self) -> int | None:
         """See `DeviceMeter.peak_memory`."""
         return process_peak() if self._on_cpu else mx.get_peak_memory()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Time of one repetition, the best of three rounds."""
-    work()
-    rounds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        for _ in range(_REPEATS):
-            work()
-        rounds.append((time.perf_counter() - started) / _REPEATS)
-    return min(rounds)

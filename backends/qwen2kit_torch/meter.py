@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from typing import Final
-
 import torch
 
-from qwen2kit.backend.meter import process_peak
+from qwen2kit.backend.meter import process_peak, seconds_of
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit_torch.devices import resolve_device, resolve_dtype
-
-_REPEATS: Final = 8
 
 
 class TorchMeter:
@@ -30,14 +24,14 @@ class TorchMeter:
         size = 1 << (27 if self._on_cpu else 30)
         source = torch.ones(size, dtype=torch.uint8, device=self._device)
         target = torch.empty_like(source)
-        return 2 * size / self._seconds(lambda: target.copy_(source))
+        return 2 * size / seconds_of(lambda: target.copy_(source), self._wait)
 
     @torch.inference_mode()
     def matmul_rate(self) -> float:
         """See `DeviceMeter.matmul_rate`."""
         size = 1024 if self._on_cpu else 8192
         left, right = torch.randn(2, size, size, device=self._device, dtype=self._dtype)
-        return 2 * size**3 / self._seconds(lambda: left @ right)
+        return 2 * size**3 / seconds_of(lambda: left @ right, self._wait)
 
     def reset_peak(self) -> None:
         """See `DeviceMeter.reset_peak`."""
@@ -49,19 +43,6 @@ class TorchMeter:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return process_peak() if self._on_cpu else None
-
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """Time of one repetition, the best of three rounds."""
-        work()
-        rounds = []
-        for _ in range(3):
-            self._wait()
-            started = time.perf_counter()
-            for _ in range(_REPEATS):
-                work()
-            self._wait()
-            rounds.append((time.perf_counter() - started) / _REPEATS)
-        return min(rounds)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

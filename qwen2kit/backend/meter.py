@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Protocol, runtime_checkable
+import time
+from collections.abc import Callable
+from typing import Final, Protocol, runtime_checkable
 
 from qwen2kit.backend.plan import ExecutionPlan
+
+_ROUNDS: Final = 3
+_REPEATS: Final = 8
 
 
 class DeviceMeter(Protocol):
@@ -41,6 +46,25 @@ class MeteredBackend(Protocol):
     def meter(self, plan: ExecutionPlan) -> DeviceMeter:
         """The meter of the device and dtype that a model compiled with ``plan`` uses."""
         ...
+
+
+def seconds_of(work: Callable[[], object], wait: Callable[[], object] = lambda: None) -> float:
+    """Time of one repetition of ``work``, the best of three rounds after a first that warms up.
+
+    Args:
+        work: starts what is timed.
+        wait: returns when the device has done all that was started.
+    """
+    work()
+    rounds = []
+    for _ in range(_ROUNDS):
+        wait()
+        started = time.perf_counter()
+        for _ in range(_REPEATS):
+            work()
+        wait()
+        rounds.append((time.perf_counter() - started) / _REPEATS)
+    return min(rounds)
 
 
 def process_peak() -> int | None:
