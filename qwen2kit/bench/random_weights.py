@@ -10,7 +10,7 @@ import numpy as np
 from qwen2kit.errors import WeightError
 from qwen2kit.spec.schema import schema_by_name
 from qwen2kit.weights.source import AffineTensor, TensorInfo
-from qwen2kit.weights.tensor import ITEM_SIZE, DType, HostTensor, from_float32
+from qwen2kit.weights.tensor import DType, HostTensor, from_float32
 
 if TYPE_CHECKING:
     from qwen2kit.spec.model import ModelSpec
@@ -65,8 +65,3 @@ class RandomSource:
     def affine(self, name: str) -> AffineTensor | None:
         """None: nothing is quantised."""
         return None
-
-
-def dense_bytes(spec: ModelSpec, dtype: DType) -> int:
-    """Bytes of all parameters in ``dtype``."""
-    return sum(param.size for param in schema_by_name(spec).values()) * ITEM_SIZE[dtype]

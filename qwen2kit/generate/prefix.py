@@ -44,11 +44,6 @@ class ScoreStep:
     feed: tuple[int, ...]
     targets: tuple[Target, ...]
 
-    @property
-    def first_scored(self) -> int:
-        """Index of the first fed position whose logits are needed."""
-        return min(target.first for target in self.targets)
-
 
 def plan_scores(requests: Sequence[ScoreRequest]) -> Iterator[ScoreStep]:
     """Steps that score all ``requests``; no token is computed twice along a shared prefix.

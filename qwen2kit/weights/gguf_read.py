@@ -58,11 +58,6 @@ class GgufSource:
         self._names = (*self._home, *(name for name in file.tensors if name not in known))
 
     @property
-    def quantized(self) -> bool:
-        """Whether any tensor is stored in a block type that loses precision."""
-        return any(tensor.type.name not in _DENSE for tensor in self.file.tensors.values())
-
-    @property
     def dtype(self) -> DType:
         """Float dtype of the matrices; bfloat16 stands in for quantised ones."""
         return _DENSE.get(self._tensor(EMBED_TOKENS).type.name, "bfloat16")

@@ -34,7 +34,7 @@ def test_replaying_the_steps_scores_every_request_once(requests: list[ScoreReque
             # The logits of the position before each continuation token are among those fed.
             position = step.keep + target.first
             assert position == len(request.context) - 1
-            assert 0 <= step.first_scored <= target.first
+            assert target.first >= 0
             assert target.first + len(target.tokens) == len(step.feed)
             scored.append(target.request)
     assert sorted(scored) == list(range(len(requests)))
@@ -55,7 +55,7 @@ def test_nothing_is_fed_twice_but_positions_to_score(requests: list[ScoreRequest
         fed += len(step.feed)
         rescored += common - step.keep
         if common > step.keep:
-            assert step.first_scored == 0
+            assert min(target.first for target in step.targets) == 0
         previous = tokens
     assert fed == len(nodes) + rescored
 
@@ -64,7 +64,8 @@ def test_choices_with_one_token_answers_are_one_step() -> None:
     context = tuple(range(100))
     requests = [ScoreRequest(context, (answer,)) for answer in (7, 8, 9, 10)]
     (step,) = plan_scores(requests)
-    assert (step.keep, step.feed, step.first_scored) == (0, context, 99)
+    assert (step.keep, step.feed) == (0, context)
+    assert {t.first for t in step.targets} == {99}
     assert {t.request for t in step.targets} == {0, 1, 2, 3}
 
 
