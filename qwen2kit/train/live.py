@@ -41,6 +41,9 @@ class LiveTable:
 
     def write(self, record: Record) -> None:
         """Take one record and redraw."""
+        if record["event"] == "rewind":
+            self._say_rewind(record)
+            return
         if record["event"] == "eval":
             self._evals = eval_cells(record)
         else:
@@ -49,10 +52,6 @@ class LiveTable:
                 self._losses.append(record["loss"])
                 self._recent.append(record["loss"])
         self._draw(force=record["event"] == "eval" or record["step"] == self._total)
-
-    def note(self, text: str) -> None:
-        """Print one line above the table."""
-        self._console.print(text, markup=False)
 
     def __enter__(self) -> LiveTable:
         if self._live is not None:
@@ -64,6 +63,11 @@ class LiveTable:
             if self._last:
                 self._live.update(self._table(), refresh=True)
             self._live.stop()
+
+    def _say_rewind(self, record: Record) -> None:
+        """One line above the table: steps that were counted are done anew."""
+        text = f"step {record['from_step']}: loss {record['loss']:.4f}; back to step "
+        self._console.print(f"{text}{record['step'] - 1}", markup=False, soft_wrap=True)
 
     def _draw(self, *, force: bool) -> None:
         now = monotonic()

@@ -48,3 +48,20 @@ def test_cells_and_clock() -> None:
     assert eval_cells({"loss": None}) == {"held-out loss": "not finite"}
     assert eval_cells({}) == {}
     assert [clock(s) for s in (0, 59.6, 3600, 3725)] == ["0:00", "1:00", "1:00:00", "1:02:05"]
+
+
+def test_a_rewind_is_said_and_does_not_spoil_the_table() -> None:
+    screen = io.StringIO()
+    with LiveTable(Console(file=screen, width=120), 10, "tiny") as table:
+        table.write(step(5))
+        table.write({"event": "rewind", "step": 5, "from_step": 8, "loss": 9.5, "rewinds": 1})
+        table.write({"event": "eval", "step": 5, "loss": 5.5})
+    assert "step 8: loss 9.5000; back to step 4" in screen.getvalue()
+    assert "loss 2.0000" in screen.getvalue().splitlines()[-1]
+
+
+def test_a_loss_that_is_not_finite_rewinds_too() -> None:
+    screen = io.StringIO()
+    with LiveTable(Console(file=screen, width=120), 10, "tiny") as table:
+        table.write({"event": "rewind", "step": 1, "from_step": 2, "loss": float("nan")})
+    assert "step 2: loss nan; back to step 0" in screen.getvalue()
