@@ -23,7 +23,7 @@ from qwen2kit.plan.workload import (
     matrices,
     share,
 )
-from qwen2kit.spec.counts import count_params, train_flops_per_token
+from qwen2kit.spec.counts import train_flops_per_token
 
 PARTS: Final = (
     "matmul", "attention", "head", "elementwise", "recompute", "launch", "communication",
@@ -176,12 +176,8 @@ def predict(workload: Workload, cluster: Cluster) -> StepTime:
 def flops_per_token(workload: Workload) -> float:
     """Model FLOPs per token, as in MFU: recomputation not counted, and no weight gradients for
     frozen weights (a third of the matrix products of full training)."""
-    full = train_flops_per_token(workload.spec, workload.seq_len)
-    if workload.plan.adapter is None:
-        return full
-    spec = workload.spec
-    matmul = count_params(spec).activated_non_embedding + spec.vocab_size * spec.hidden_size
-    return full - 2 * matmul
+    frozen = workload.plan.adapter is not None
+    return train_flops_per_token(workload.spec, workload.seq_len, frozen=frozen)
 
 
 def tokens_per_second(workload: Workload, seconds: float) -> float:

@@ -49,13 +49,17 @@ def kv_bytes_per_token(spec: ModelSpec, bytes_per_element: int = 2) -> int:
     return spec.num_hidden_layers * per_layer * bytes_per_element
 
 
-def train_flops_per_token(spec: ModelSpec, seq_len: int) -> int:
+def train_flops_per_token(spec: ModelSpec, seq_len: int, *, frozen: bool = False) -> int:
     """FLOPs per token of one forward and backward pass (matrix products and causal attention).
 
     ``6 * matmul parameters (head included) + 6 * layers * heads * head_dim * seq_len``; the
     attention term already counts the causal half.
+
+    Args:
+        frozen: the weights do not train (adapters do, whose own products are not counted): 4
+            instead of 6, because no weight gradients are computed.
     """
     counts = count_params(spec)
     matmul = counts.activated_non_embedding + spec.vocab_size * spec.hidden_size
     width = spec.num_attention_heads * spec.head_dim
-    return 6 * matmul + 6 * spec.num_hidden_layers * width * seq_len
+    return (4 if frozen else 6) * matmul + 6 * spec.num_hidden_layers * width * seq_len

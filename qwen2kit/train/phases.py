@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from qwen2kit.config.tree import LongConfig, RunConfig
 from qwen2kit.errors import ConfigError
 from qwen2kit.plan.degrees import check_degrees
+from qwen2kit.spec.counts import train_flops_per_token
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.train.setup import apply_overrides, degrees
 
@@ -30,6 +31,12 @@ class Phase:
     last: int | None
     config: RunConfig
     spec: ModelSpec
+
+    @property
+    def flops_per_token(self) -> int:
+        """Model FLOPs per token, as MFU counts them."""
+        frozen = self.config.adapter is not None
+        return train_flops_per_token(self.spec, self.config.seq_len, frozen=frozen)
 
 
 def phases(config: RunConfig, spec: ModelSpec, world: int) -> tuple[Phase, ...]:

@@ -79,6 +79,8 @@ def test_flops_are_six_per_matmul_weight_plus_causal_attention() -> None:
     biases_and_norms = 24 * (896 + 2 * 128 + 2 * 896) + 896
     assert short == 6 * (matrices + biases_and_norms)
     assert long - short == 6 * 24 * 896 * 2048
+    frozen = train_flops_per_token(spec, 2048, frozen=True)
+    assert long - frozen == 2 * (matrices + biases_and_norms)
 
 
 def test_unknown_preset_lists_the_known_ones() -> None:

@@ -14,6 +14,7 @@ from qwen2kit.spec.counts import train_flops_per_token
 from qwen2kit.spec.presets import preset
 from qwen2kit.train import pace as pace_module
 from qwen2kit.train.pace import Pace, Timer
+from qwen2kit.train.phases import phases
 from qwen2kit.train.setup import peak_of
 
 
@@ -77,3 +78,14 @@ def test_the_clock_is_asked_only_if_it_matters(monkeypatch: pytest.MonkeyPatch) 
     timer.reset()
     assert not timer.due()
     assert votes == [False, True, False]
+
+
+def test_frozen_weights_have_no_gradients_to_count() -> None:
+    spec = preset("qwen2-0.5b")
+    full, adapters = (
+        phases(load_recipe(name, ["seq_len=512"]), spec, 1)[0].flops_per_token
+        for name in ("sft-small", "lora")
+    )
+    assert full == train_flops_per_token(spec, 512)
+    attention = 6 * 24 * 896 * 512
+    assert adapters - attention == pytest.approx(4 / 6 * (full - attention))
