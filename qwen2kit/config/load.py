@@ -57,13 +57,14 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``tree`` with ``key=value`` overrides applied in order.
+    """A copy of ``tree`` with ``key=value`` overrides applied in order, those of a ``kind`` first,
+    because another kind removes what belongs to the old one.
 
     Raises:
         ConfigError: an override has no ``=`` or goes through something that is not a table.
     """
     changed = deepcopy(dict(tree))
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: not _names_kind(text)):
         _apply(changed, text)
     return changed
 
@@ -106,14 +107,22 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
 
 def _merge(tree: dict[str, Any], other: Mapping[str, Any]) -> None:
     """Lay ``other`` over ``tree``; a table whose ``kind`` changes is replaced as a whole."""
+    for key in other:
+        _make_way(tree, key)  # before any is set: two exclusive ones in one file are an error
     for key, value in other.items():
         old = tree.get(key)
-        if not isinstance(old, dict) or not isinstance(value, dict):
-            _set(tree, key, value)
-        elif value.get("kind", old.get("kind")) != old.get("kind"):
-            tree[key] = value
-        else:
+        if isinstance(old, dict) and isinstance(value, dict) and _same_kind(old, value):
             _merge(old, value)
+        else:
+            tree[key] = value
+
+
+def _same_kind(old: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    return bool(value.get("kind", old.get("kind")) == old.get("kind"))
+
+
+def _names_kind(override: str) -> bool:
+    return override.partition("=")[0].strip().endswith(".kind")
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:
@@ -132,14 +141,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {'.'.join(path[:depth])} is not a table")
     if path[-1] == "kind" and place.get("kind", value) != value:
         place.clear()
-    _set(place, path[-1], value)
+    _make_way(place, path[-1])
+    place[path[-1]] = value
 
 
-def _set(place: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``key``; one of two exclusive keys takes the other's place."""
+def _make_way(place: dict[str, Any], key: str) -> None:
+    """Remove what ``key`` takes the place of."""
     for other in _REPLACES.get(key, ()):
         place.pop(other, None)
-    place[key] = value
 
 
 def _describe(error: Any, tree: Mapping[str, Any]) -> str:

@@ -170,6 +170,14 @@ def test_extends_merges_tables_and_replaces_other_kinds(tmp_path: Path) -> None:
     assert shipped_base == dataclasses.replace(load_recipe("tiny"), name="mine")
 
 
+def test_two_keys_that_exclude_each_other_in_one_file_are_an_error(tmp_path: Path) -> None:
+    both = "extends = ['tiny.toml']\n[train]\nsteps = 7\nepochs = 2\n"
+    with pytest.raises(ConfigError, match="exactly one of steps and epochs"):
+        load_recipe(write(tmp_path / "a.toml", both))
+    one = load_recipe(write(tmp_path / "b.toml", "extends = ['tiny.toml']\n[train]\nepochs = 2\n"))
+    assert (one.train.steps, one.train.epochs) == (None, 2)
+
+
 def test_extends_in_a_circle_and_broken_files(tmp_path: Path) -> None:
     write(tmp_path / "a.toml", "extends = ['b.toml']\n")
     write(tmp_path / "b.toml", "extends = ['a.toml']\n")
@@ -193,8 +201,8 @@ def test_overrides_are_typed_as_toml_and_bare_words_are_strings() -> None:
             "train.lr=1e-5",
             "train.optimizer.betas=[0.8, 0.9]",
             "eval.questions=0",
+            "data.paths=['a.jsonl']",  # of the new kind, which removes what the old one had
             "data.kind=jsonl",
-            "data.paths=['a.jsonl']",
             "data.format.kind=sharegpt",
             "name=run one",
             "train.epochs=2",
