@@ -203,7 +203,13 @@ class MixtureData:
     sources: tuple[MixtureSource, ...]
 
     def __post_init__(self) -> None:
-        check((bool(self.sources), "sources must hold at least one source"))
+        check(
+            (bool(self.sources), "sources must hold at least one source"),
+            (
+                isfinite(sum(source.weight for source in self.sources)),
+                "the weights add up to more than a number can hold; lower them",
+            ),
+        )
 
 
 DataConfig = Annotated[

@@ -119,6 +119,7 @@ def read_texts(data: AnyData) -> Iterator[str]:
 
     Raises:
         ConfigError: shards, which hold no text.
+        DataError: a row cannot be read, or its text is not valid Unicode.
     """
     if isinstance(data, MixtureData):
         for source in data.sources:
@@ -130,12 +131,22 @@ def read_texts(data: AnyData) -> Iterator[str]:
             "directory inside them"
         )
     if not isinstance(data, EmbeddedData) and not is_chat(data):
-        yield from (text for _, text in _texts(data, read_rows(data)))
+        yield from (_valid(row, text) for row, text in _texts(data, read_rows(data)))
         return
-    for _, messages in read_messages(data):
+    for row, messages in read_messages(data):
         yield from _WORDS_OF_THE_TEMPLATE
         for message in messages:
-            yield message["content"]
+            yield _valid(row, message["content"])
+
+
+def _valid(row: Row, text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise row.error(
+            "text is not valid Unicode (it holds lone surrogates); decode it as UTF-8 first"
+        ) from None
+    return text
 
 
 def encode_conversations(

@@ -99,7 +99,7 @@ def source_seed(seed: int, number: int) -> int:
 def _bounds(weights: Sequence[float]) -> NDArray[np.uint64]:
     """Where, on ``[0, 2^64)``, the share of one source ends and the next begins."""
     ends = np.cumsum(np.array(weights, dtype=np.float64))[:-1] / np.sum(weights)
-    return np.array([int(end * 2.0**64) for end in ends], dtype=np.uint64)
+    return np.array([min(int(end * 2.0**64), 2**64 - 1) for end in ends], dtype=np.uint64)
 
 
 def _interleave(parts: dict[int, TokenBatch], owners: NDArray[np.int64]) -> TokenBatch:

@@ -140,10 +140,12 @@ def _json_rows(part: Part, skip: int) -> Iterator[Row]:
 
 
 def _json_array(path: Path) -> Iterator[Row]:
+    text = "".join(_lines(Part(path)))
     try:
-        values = json.loads("".join(_lines(Part(path))))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise DataError(f"{path}{where}: {_not_json(error)}") from None
     for number, value in enumerate(values, 1):
         yield _object(str(path), number, value)
 
@@ -151,9 +153,15 @@ def _json_array(path: Path) -> Iterator[Row]:
 def _parse(file: str, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
-        raise DataError(f"{file}, row {number}: not valid JSON: {reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}, row {number}: {_not_json(error)}") from None
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error.msg}"
+    deep = isinstance(error, RecursionError)
+    return "not valid JSON: nested too deeply" if deep else "holds a number of too many digits"
 
 
 def _object(file: str, number: int, value: Any) -> Row:

@@ -119,3 +119,9 @@ def test_embedded_splits_are_disjoint_and_texts_train_a_tokenizer() -> None:
 
     assert not documents(train) & documents(held)
     assert len(documents(held)) == 100
+
+
+def test_a_text_that_is_no_unicode_is_named_before_a_tokenizer_is_trained(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "\\ud800"}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl, row 2: text is not valid Unicode"):
+        train_bbpe(read_texts(JsonlData(paths=(str(tmp_path / "a.jsonl"),))), 320)

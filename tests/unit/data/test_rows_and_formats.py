@@ -95,6 +95,14 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     bad.write_text('[{"a": 1},', encoding="utf-8")
     with pytest.raises(DataError, match="not valid JSON"):
         list(read_rows(JsonlData(paths=(str(bad),))))
+    digits = "9" * 5000
+    for text, place in ((f'{{"a": {digits}}}', "row 1"), (f'[{{"a": {digits}}}]', "bad.jsonl")):
+        bad.write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=f"{place}: holds a number of too many digits"):
+            list(read_rows(JsonlData(paths=(str(bad),))))
+    bad.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(DataError, match="nested too deeply"):
+        list(read_rows(JsonlData(paths=(str(bad),))))
     bad.write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(DataError, match="not UTF-8"):
         list(read_rows(JsonlData(paths=(str(bad),))))

@@ -261,6 +261,14 @@ def test_a_mixture_keeps_its_proportions_everywhere(weights: list[float], seed: 
         assert np.abs(counts - exact).max() < 5, "far less than chance would give"
 
 
+def test_weights_of_any_size_make_a_mixture() -> None:
+    mixture, _ = mixed([1.0, 1e-30], [10, 10])
+    assert set(mixture.owners(0, 1000).tolist()) == {0}
+    part = MixtureSource(weight=1e308, data=TextData(paths=("x",)))
+    with pytest.raises(ConfigError, match="the weights add up to more than a number can hold"):
+        MixtureData(sources=(part, part))
+
+
 def test_the_source_of_a_row_depends_on_seed_and_number_only() -> None:
     one, _ = mixed([2, 1], [7, 9])
     two, _ = mixed([2, 1], [1_000, 3])
