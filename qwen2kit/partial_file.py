@@ -5,12 +5,14 @@ A full disk or a crash never leaves a file that looks finished, only a hidden ``
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 SUFFIX: Final = ".partial"
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class PartialFile:
@@ -43,6 +45,11 @@ class PartialFile:
         with suppress(OSError):  # closing flushes, which fails again on a full disk
             self.file.close()
         self._hidden.unlink(missing_ok=True)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether nothing more can be written: the disk, the user's quota or a limit is full."""
+    return error.errno in _FULL
 
 
 def write_text_atomically(path: Path, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from typing import NoReturn
@@ -13,6 +12,7 @@ def abandon(error: BaseException) -> NoReturn:
     that are gone cannot be taken down, and trying to ends in an abort that hides the exit code."""
     from traceback import print_exception
 
+    from qwen2kit.cli.disk_errors import explain
     from qwen2kit.errors import PeerError, Qwen2KitError
 
     code = 1
@@ -20,9 +20,9 @@ def abandon(error: BaseException) -> NoReturn:
         code = error.exit_code
         if not isinstance(error, PeerError):
             sys.stderr.write(f"error: {error}\n")
-    elif isinstance(error, OSError) and error.filename is not None:
-        code = 11 if error.errno == errno.ENOSPC else 10
-        sys.stderr.write(f"error: {error.strerror}: {error.filename}\n")
+    elif isinstance(error, OSError) and (found := explain(error)) is not None:
+        message, code = found
+        sys.stderr.write(f"error: {message}\n")
     elif isinstance(error, KeyboardInterrupt):
         code = 130
     else:

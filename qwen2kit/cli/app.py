@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 
@@ -13,6 +12,7 @@ from qwen2kit.cli.chat import chat
 from qwen2kit.cli.convert import convert
 from qwen2kit.cli.data import data
 from qwen2kit.cli.demo import demo
+from qwen2kit.cli.disk_errors import explain
 from qwen2kit.cli.doctor import doctor
 from qwen2kit.cli.eval import evaluation
 from qwen2kit.cli.inspect import inspect
@@ -75,11 +75,10 @@ def main() -> None:
 
 
 def _explain(error: OSError) -> None:
-    """One line for a failing disk or file; returns if the error names no file."""
-    if error.errno == errno.ENOSPC:
-        fail(f"no space left on device while writing {error.filename or 'output'}", 11)
-    if error.filename is not None:
-        fail(f"{error.strerror}: {error.filename}", 10)
+    """One line for a failing disk or file; returns if the error is of neither."""
+    found = explain(error)
+    if found is not None:
+        fail(*found)
 
 
 def _leave(code: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -164,7 +165,12 @@ def _launch(request: _Request, nproc: int, max_restarts: int, json: bool) -> int
         # Processes that are started again must find the run they have begun.
         request = replace(request, run_dir=run_dir, auto_resume=max_restarts > 0)
     arguments = [*request.arguments(), *(["--json"] if json else [])]
-    return run_here(backend, nproc, max_restarts, arguments)
+    try:
+        return run_here(backend, nproc, max_restarts, arguments)
+    finally:
+        if request.run_dir is not None:
+            with suppress(OSError):  # unless something is in it
+                request.run_dir.rmdir()
 
 
 def _summarise(result: RunResult, screen: Console) -> None:

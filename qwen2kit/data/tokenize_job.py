@@ -6,11 +6,9 @@ processes, nor on how often the work was interrupted.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from multiprocessing import get_context
@@ -35,6 +33,7 @@ from qwen2kit.data.shard_format import (
 )
 from qwen2kit.data.tokenize_worker import Shared, Work, read_finished, run_worker
 from qwen2kit.data.work_units import Unit, plan_units
+from qwen2kit.directory_lock import locked
 from qwen2kit.errors import DataError
 from qwen2kit.partial_file import SUFFIX, write_text_atomically
 from qwen2kit.tokenizer.bpe import Tokenizer
@@ -95,7 +94,8 @@ def tokenize(
     units = plan_units(data, shard_bytes)
     inputs = sha256("".join(unit.digest() for unit in units).encode()).hexdigest()
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
+    taken = DataError(f"{directory} is being written by another process; wait for it")
+    with locked(directory, taken):
         if _is_finished(directory, job, inputs):
             return _clean(directory, read_index(directory))
         _begin(directory, job, tokenizer)
@@ -119,22 +119,6 @@ def _identity(data: FileData) -> dict[str, Any]:
     """The recipe node as JSON, without what does not change a document."""
     values: dict[str, Any] = json.loads(json.dumps(asdict(data)))
     return {k: v for k, v in values.items() if k not in ("stream", "shuffle_rows")}
-
-
-@contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(
-                    f"{directory} is being written by another process; wait for it"
-                ) from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _is_finished(directory: Path, job: dict[str, Any], inputs: str) -> bool:

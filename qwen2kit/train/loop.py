@@ -134,7 +134,8 @@ def run_loop(
         if ending or _due(progress.step, cadence.checkpoint_every) or timer.due():
             hooks.save(progress)
             timer.reset()
-        if not ending and _due(progress.step, cadence.eval_every):
+        last = progress.step == cadence.total  # which is evaluated anyway, before the export
+        if not stopping and not last and _due(progress.step, cadence.eval_every):
             hooks.evaluate(progress)
     hooks.finish()
     return stopping and progress.step < cadence.total

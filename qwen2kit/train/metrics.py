@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen2kit.errors import TrainingError
-from qwen2kit.partial_file import write_text_atomically
+from qwen2kit.partial_file import is_full, write_text_atomically
 
 Record = dict[str, Any]
 
@@ -41,11 +41,21 @@ class JsonlSink:
         write_text_atomically(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: Record) -> None:
-        """Append one line; NaN and infinity become null. A rewind drops what will be done anew."""
-        if record["event"] == "rewind":
-            self.keep_upto(record["step"] - 1)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(record))
+        """Append one line; NaN and infinity become null. A rewind drops what will be done anew.
+
+        Raises:
+            TrainingError: the disk is full or not writable.
+        """
+        try:
+            if record["event"] == "rewind":
+                self.keep_upto(record["step"] - 1)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            reason = "no space left on the disk" if is_full(error) else error.strerror
+            raise TrainingError(
+                f"cannot write {self.path} at step {record['step']}: {reason}"
+            ) from error
 
 
 class Sinks:

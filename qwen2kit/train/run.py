@@ -7,6 +7,7 @@ Every process of a run calls the same function; process 0 prepares the run direc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from qwen2kit.backend.processes import Processes
 from qwen2kit.config.freeze import differences, to_tree
 from qwen2kit.config.load import load_recipe, override, parse
 from qwen2kit.config.tree import RunConfig
+from qwen2kit.directory_lock import locked
 from qwen2kit.errors import ConfigError, TrainingError
 from qwen2kit.train.agreement import on_first, together
 from qwen2kit.train.phases import phases
@@ -37,6 +39,13 @@ if TYPE_CHECKING:
 FREE_FIELDS = ("checkpoint.", "logging.", "parallel.", "output_dir")
 """What a resumed run may do differently: none of it changes what is learned."""
 
+FIXED_FIELDS = ("model.", "adapter")
+"""What no resumed run can do differently, `MOVABLE_FIELDS` apart: its weights and tokenizer are
+there already."""
+
+MOVABLE_FIELDS = ("model.checkpoint", "adapter.dropout")
+"""Fields of the model that only the steps to come depend on: an adapter's base may have moved."""
+
 
 def start(
     config: RunConfig, *, run_dir: Path | None = None, console: Console | None = None
@@ -52,8 +61,9 @@ def start(
         PeerError: another process failed, and says so itself.
     """
     processes = _join(config)
-    directory = Path(on_first(processes, lambda: _new_run(config, run_dir, processes)))
-    return _runner(config, directory, processes, console).run(resuming=False)
+    with ExitStack() as held:
+        directory = Path(on_first(processes, lambda: _new_run(config, run_dir, processes, held)))
+        return _runner(config, directory, processes, console).run(resuming=False)
 
 
 def resume(
@@ -67,7 +77,8 @@ def resume(
 
     Args:
         config: the recipe to go on with; None takes the run's own.
-        allow_changes: accept a recipe that differs from the run's in more than `FREE_FIELDS`.
+        allow_changes: accept a recipe that differs from the run's in more than `FREE_FIELDS`, but
+            not in `FIXED_FIELDS` (`MOVABLE_FIELDS` apart).
 
     Raises:
         ConfigError: not a run directory, or the recipe differs (the message lists the fields).
@@ -78,7 +89,9 @@ def resume(
     config = config or recipe_of(run_dir)
     processes = _join(config)
     together(processes, lambda: _check_resumable(run_dir, stored, config, allow_changes))
-    return _runner(config, run_dir, processes, console).run(resuming=True)
+    with ExitStack() as held:
+        on_first(processes, lambda: _claim(run_dir, held))
+        return _runner(config, run_dir, processes, console).run(resuming=True)
 
 
 def start_or_resume(
@@ -93,17 +106,19 @@ def start_or_resume(
         Qwen2KitError: as `start` and `resume`.
     """
     processes = _join(config)
-    fresh = on_first(processes, lambda: is_fresh(run_dir))
-    if fresh:
-        on_first(processes, lambda: _new_run(config, run_dir, processes))
-    else:
-        stored = together(processes, lambda: read_run(run_dir))
-        if stored["status"] == "finished":
-            together(processes, lambda: _check_recipe(run_dir, stored, config))
-            processes.close()
-            return RunResult.of_finished(run_dir, stored, reports=processes.rank == 0)
-        together(processes, lambda: _check_resumable(run_dir, stored, config, False))
-    return _runner(config, run_dir, processes, console).run(resuming=not fresh)
+    with ExitStack() as held:
+        fresh = on_first(processes, lambda: is_fresh(run_dir))
+        if fresh:
+            on_first(processes, lambda: _new_run(config, run_dir, processes, held))
+        else:
+            on_first(processes, lambda: _claim(run_dir, held))
+            stored = together(processes, lambda: read_run(run_dir))
+            if stored["status"] == "finished":
+                together(processes, lambda: _check_recipe(run_dir, stored, config))
+                processes.close()
+                return RunResult.of_finished(run_dir, stored, reports=processes.rank == 0)
+            together(processes, lambda: _check_resumable(run_dir, stored, config, False))
+        return _runner(config, run_dir, processes, console).run(resuming=not fresh)
 
 
 def recipe_of(run_dir: Path, recipe: str | None = None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -131,24 +146,49 @@ def _join(config: RunConfig) -> Processes:
     return processes
 
 
-def _new_run(config: RunConfig, run_dir: Path | None, processes: Processes) -> str:
+def _new_run(config: RunConfig, run_dir: Path | None, processes: Processes, held: ExitStack) -> str:
     """Everything that can be refused is refused before the directory appears."""
-    directory = run_dir or fresh_directory(config)
-    check_new(directory)
+    if run_dir is not None:
+        check_new(run_dir)
     origin = build_origin(config)
     phases(config, origin.spec, processes.world)
-    write_origin(directory, origin)
-    return str(directory)
+    if run_dir is None:
+        run_dir = fresh_directory(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _claim(run_dir, held)
+    check_new(run_dir)  # another process may have been faster
+    write_origin(run_dir, origin)
+    return str(run_dir)
+
+
+def _claim(run_dir: Path, held: ExitStack) -> None:
+    """Keep other processes from training in ``run_dir`` until ``held`` is closed."""
+    taken = TrainingError(f"{run_dir} is being trained by another process; wait for it or end it")
+    held.enter_context(locked(run_dir, taken))
 
 
 def _check_resumable(
     run_dir: Path, stored: dict[str, Any], config: RunConfig, allow_changes: bool
 ) -> None:
     if allow_changes:
+        _check_fixed(run_dir, stored, config)
         return
     if stored["status"] == "finished":
         raise TrainingError(f"{run_dir} is finished after {stored['step']} steps: nothing to do")
     _check_recipe(run_dir, stored, config)
+
+
+def _check_fixed(run_dir: Path, stored: dict[str, Any], config: RunConfig) -> None:
+    changed = [
+        field
+        for field in differences(stored["provenance"]["config"], to_tree(config))
+        if field.startswith(FIXED_FIELDS) and field not in MOVABLE_FIELDS
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run_dir} has its model already, which {', '.join(changed)} cannot change any more; "
+            "undo that or start a new run"
+        )
 
 
 def _check_recipe(run_dir: Path, stored: dict[str, Any], config: RunConfig) -> None:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +115,16 @@ def write_run(run_dir: Path, status: str, provenance: Mapping[str, Any], /, **va
 
 
 def fresh_directory(config: RunConfig) -> Path:
-    """A name under ``config.output_dir`` that does not exist yet."""
+    """A new directory under ``config.output_dir``, named after the recipe and the time; runs that
+    start in the same second get one each. Raises OSError."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path(config.output_dir).expanduser() / f"{config.name}-{stamp}"
-    candidates = [base, *(base.with_name(f"{base.name}-{n}") for n in range(2, 100))]
-    return next(path for path in candidates if not path.exists())
+    for number in count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("unreachable")
 
 
 def is_fresh(run_dir: Path) -> bool:

@@ -16,8 +16,7 @@ from qwen2kit.config.freeze import freeze
 from qwen2kit.config.train_tree import RewindSpikes
 from qwen2kit.config.tree import AdapterConfig, RunConfig
 from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError
-from qwen2kit.spec.counts import train_flops_per_token
-from qwen2kit.train.agreement import numbered, together
+from qwen2kit.train.agreement import numbered, on_first, together
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.curve import plot_run
 from qwen2kit.train.evaluate import Evaluator
@@ -155,7 +154,23 @@ class Runner:
         else:
             self._keep_records(step)
             self._track(step)
+            self._catch_up(restored.state)
             self._note(f"resuming after step {step} of {self.session.total} ({restored.path.name})")
+
+    def _catch_up(self, state: dict[str, Any]) -> None:
+        """The evaluation that was due after the checkpoint, if the run ended before it."""
+        session, step = self.session, state["step"]
+        every = self._config.eval.every
+        if every == 0 or step % every or step in (0, session.total):
+            return
+        if state["phase"] == session.phase.number and not on_first(
+            self._processes, lambda: self._is_evaluated(step)
+        ):
+            session.evaluate(session.progress)
+
+    def _is_evaluated(self, step: int) -> bool:
+        evals = (r for r in read_records(self._run_dir / METRICS_FILE) if r["event"] == "eval")
+        return any(record["step"] == step for record in evals)
 
     def _read(self, path: Path, state: dict[str, Any]) -> None:
         session = self._enter(following(self._phases, state["step"]))
@@ -211,7 +226,7 @@ class Runner:
 
     def _pace(self, phase: Phase) -> Pace:
         peak = peak_of(self._backend, phase.config, self._processes.world)
-        return Pace(train_flops_per_token(phase.spec, phase.config.seq_len), peak)
+        return Pace(phase.flops_per_token, peak)
 
     def _conclude(self, stopped: str | None) -> RunResult:
         session, config = self.session, self._config

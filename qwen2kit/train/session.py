@@ -86,8 +86,14 @@ class Session:
         """Continue where a checkpoint's ``state`` was taken, possibly in the phase before this.
 
         Raises:
-            TrainingError: the data is not what the run was started on.
+            TrainingError: the data is not what the run was started on, or the run has done more
+                steps than it is to have.
         """
+        if state["step"] > self.total:
+            raise TrainingError(
+                f"{state['step']} steps are done already, but the recipe now has {self.total}; "
+                "raise train.steps or start a new run"
+            )
         self.progress = Progress(state["step"], state["tokens"], state["skipped"], state["loss"])
         self.held.before = state["before"]
         self._restore_guard(state)

@@ -139,7 +139,7 @@ def test_continuing_uses_the_schedule_of_the_whole_run() -> None:
 def test_a_phase_ends_with_a_checkpoint_and_its_records_look_ahead() -> None:
     script = Script()
     progress = play(script, Cadence(total=9, last=2, log_every=2, eval_every=2))
-    assert script.calls == ["step 1", "step 2", "save 2", "finish"]
+    assert script.calls == ["step 1", "step 2", "save 2", "eval 2", "finish"]
     assert progress.step == 2
     assert script.records[-1]["eta_seconds"] >= 3 * script.records[-1]["seconds"] - 0.1
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen2kit.errors import BackendError, MissingExtra
+from qwen2kit.errors import BackendError, ConfigError, MissingExtra, TrainingError
 from qwen2kit.train import run, trackers
+from qwen2kit.train.checkpoints import CheckpointStore
+from qwen2kit.train.loop import Progress
+from qwen2kit.train.metrics import JsonlSink
 from qwen2kit.train.profiling import StepProfiler
+from qwen2kit.train.run_dir import fresh_directory
+from qwen2kit.train.session import Session
 from tests.parallel.runs import checkpoints, records, tiny
 
 pytest.importorskip("torch")
@@ -84,3 +90,81 @@ def test_a_run_killed_after_its_last_step_evaluates_and_exports(tmp_path: Path) 
     again = run.start_or_resume(tiny("train.steps=3"), run_dir)
     assert (again.status, again.step, again.after) == ("finished", 3, first.after)
     assert (run_dir / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
+    import fcntl
+
+    run_dir = tmp_path / "run"
+    run.start(tiny("train.steps=1"), run_dir=run_dir)
+    descriptor = os.open(run_dir, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    before = (run_dir / "run.json").read_bytes()
+    with pytest.raises(TrainingError, match="is being trained by another process"):
+        run.start_or_resume(tiny("train.steps=1"), run_dir)
+    with pytest.raises(TrainingError, match="is being trained by another process"):
+        run.resume(run_dir, config=tiny("train.steps=2"), allow_changes=True)
+    os.close(descriptor)
+    assert (run_dir / "run.json").read_bytes() == before
+
+
+def test_runs_of_the_same_second_have_a_directory_each(tmp_path: Path) -> None:
+    config = tiny(f"output_dir={tmp_path}")
+    found = {fresh_directory(config) for _ in range(5)}
+    assert len(found) == 5
+    assert all(path.is_dir() for path in found)
+
+
+def test_no_change_is_allowed_that_would_change_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run.start(tiny("train.steps=3"), run_dir=run_dir)
+    with pytest.raises(ConfigError, match=r"model already, which model\.hidden_size, model\.rope"):
+        run.resume(
+            run_dir,
+            config=tiny("train.steps=4", "model.hidden_size=64", "model.rope_theta=5.0"),
+            allow_changes=True,
+        )
+    with pytest.raises(TrainingError, match="3 steps are done already, but the recipe now has 2"):
+        run.resume(run_dir, config=tiny("train.steps=2"), allow_changes=True)
+
+
+def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("train.steps=6", "checkpoint.every=2", "eval.every=2")
+    run.start(config, run_dir=tmp_path / "whole")
+    evaluate = Session.evaluate
+
+    def killed(session: Session, progress: Progress) -> None:
+        if progress.step == 4:
+            raise KeyboardInterrupt
+        evaluate(session, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "evaluate", killed)
+        patch.setattr(CheckpointStore, "begin", _at_once(CheckpointStore.begin))
+        with pytest.raises(KeyboardInterrupt):
+            run.start(config, run_dir=tmp_path / "killed")
+    for _ in range(2):  # once it is there, it is not made again
+        run.start_or_resume(config, tmp_path / "killed")
+        found, expected = (
+            [(r["step"], r["loss"]) for r in records(tmp_path / name) if r["event"] == "eval"]
+            for name in ("killed", "whole")
+        )
+        assert found == expected
+
+
+def _at_once(begin: Any) -> Any:
+    def save(store: CheckpointStore, *args: Any) -> None:
+        begin(store, *args)
+        store.finish()
+
+    return save
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_full_disk_names_the_file_of_the_figures(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    with pytest.raises(TrainingError, match=r"cannot write .*\.jsonl at step 3: no space left"):
+        sink.write({"event": "step", "step": 3})
