@@ -44,13 +44,12 @@ class CodeEval:
     """Runs programs and remembers how they ended; equal programs run once.
 
     Args:
-        isolation: where they run.
-        workers: programs that run at the same time; default one per processor.
+        isolation: where they run, one for each processor at a time.
     """
 
-    def __init__(self, isolation: Isolation, workers: int | None = None) -> None:
+    def __init__(self, isolation: Isolation) -> None:
         self._isolation = isolation
-        self._workers = workers or os.cpu_count() or 1
+        self._workers = os.cpu_count() or 1
         self._known: dict[str, Outcome] = {}
         self._answers: dict[str, Outcome] = {}
 

@@ -32,16 +32,13 @@ class Difference:
     test: str
 
 
-def paired_difference(
-    first: Sequence[float], second: Sequence[float], *, seed: int = 0
-) -> Difference:
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
     """Compare two scores of the same documents.
 
     Scores of 0 and 1 are tested with McNemar's exact test, others by bootstrap.
 
     Args:
         first, second: one score per document, same order.
-        seed: of the resampling.
 
     Raises:
         ValueError: no documents, or different numbers of them.
@@ -50,7 +47,7 @@ def paired_difference(
     if a.shape != b.shape or not a.size:
         raise ValueError(f"cannot pair {a.size} with {b.size} scores")
     gaps = b - a
-    means = resampled_means(gaps, np.random.default_rng(seed))
+    means = resampled_means(gaps, np.random.default_rng(0))
     low, high = (float(q) for q in np.quantile(means, [0.025, 0.975]))
     if set(np.unique([a, b])) <= {0.0, 1.0}:
         p, test = mcnemar(int((gaps > 0).sum()), int((gaps < 0).sum())), "mcnemar"

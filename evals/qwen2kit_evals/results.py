@@ -47,14 +47,14 @@ class EvalResult:
     benchmarks: tuple[BenchmarkScore, ...] = ()
     output: Path | None = None
 
-    def value(self, task: str, metric: str, filter: str | None = None) -> float | None:
-        """The score of ``task`` under ``metric``.
+    def value(self, task: str, metric: str) -> float | None:
+        """The score of ``task`` under ``metric``, with the first filter if there are several.
 
         Raises:
             KeyError: no such row.
         """
         for row in self.rows:
-            if row.task == task and row.metric == metric and filter in (None, row.filter):
+            if row.task == task and row.metric == metric:
                 return row.value
         raise KeyError(f"{task} has no metric {metric}")
 

@@ -168,10 +168,10 @@ def run_tasks(
     return report
 
 
-def default_output(model: str, root: Path = Path("eval-results")) -> Path:
+def default_output(model: str) -> Path:
     """``eval-results/<model>-<time>``."""
     name = re.sub(r"[^\w.-]+", "-", Path(model).name or "model").strip("-.") or "model"
-    return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return Path("eval-results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_numbers(limit: float | None, batch_size: int | None) -> None:

@@ -141,7 +141,6 @@ def measure_quality(
     windows: Sequence[Prompt],
     *,
     text: str,
-    backend: str = "auto",
     progress: Progress = lambda message: None,
 ) -> QualityReport:
     """Both models on ``windows``, one after the other, in the backend's default dtype.
@@ -150,7 +149,7 @@ def measure_quality(
         Qwen2KitError: the backend is absent or cannot load or run a model.
     """
     with TemporaryDirectory(prefix="qwen2kit-quality-") as folder:
-        yardstick = Yardstick(original, windows, Path(folder), backend=backend, progress=progress)
+        yardstick = Yardstick(original, windows, Path(folder), progress=progress)
         return QualityReport(
             text=text,
             tokens=sum(len(window.tokens) for window in windows),

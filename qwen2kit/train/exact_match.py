@@ -11,6 +11,8 @@ from qwen2kit.engine.generate import generate
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.bpe import Tokenizer
 
+LONGEST_ANSWER = 24  # tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExactMatch:
@@ -38,7 +40,6 @@ def exact_match(
     tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
-    max_new_tokens: int = 24,
     batch: int = 64,
 ) -> ExactMatch:
     """Ask ``questions`` through the chat template; an answer counts if it equals the expected
@@ -46,7 +47,7 @@ def exact_match(
     answers = [
         answer
         for start in range(0, len(questions), batch)
-        for answer in _answers(model, tokenizer, questions[start : start + batch], max_new_tokens)
+        for answer in _answers(model, tokenizer, questions[start : start + batch])
     ]
     by_kind: dict[str, tuple[int, int]] = {}
     for question, answer in zip(questions, answers, strict=True):
@@ -61,11 +62,11 @@ def exact_match(
 
 
 def _answers(
-    model: CompiledModel, tokenizer: Tokenizer, questions: Sequence[Question], max_new_tokens: int
+    model: CompiledModel, tokenizer: Tokenizer, questions: Sequence[Question]
 ) -> list[str]:
     prompts = [tokenizer.encode_chat(q.messages, add_generation_prompt=True) for q in questions]
     sampling = Sampling(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=LONGEST_ANSWER,
         stop_token_ids=tokenizer.stop_ids,
         vocab_limit=tokenizer.vocab_size,
     )

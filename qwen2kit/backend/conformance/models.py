@@ -85,10 +85,10 @@ def poisoned_weights(spec: ModelSpec, token: int) -> MemorySource:
     return MemorySource(found)
 
 
-def tokens(length: int, seed: int = 0, spec: ModelSpec = UNTIED) -> tuple[int, ...]:
+def tokens(length: int, seed: int = 0) -> tuple[int, ...]:
     """Random token ids."""
     rng = np.random.default_rng(1000 + seed)
-    return tuple(int(token) for token in rng.integers(0, spec.vocab_size, length))
+    return tuple(int(token) for token in rng.integers(0, UNTIED.vocab_size, length))
 
 
 def loaded(

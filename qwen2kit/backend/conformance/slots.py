@@ -47,9 +47,9 @@ _LONG, _MIDDLE, _SHORT = tokens(40, seed=21), tokens(13, seed=22), tokens(5, see
 
 
 @contextmanager
-def _slots(backend: Backend, spec: ModelSpec = UNTIED, count: int = 3) -> Iterator[Slots]:
-    slots = loaded(backend, spec).slots(count, 64)
-    require(slots.count == count, f"{slots.count} slots instead of {count} of 64 tokens")
+def _slots(backend: Backend, spec: ModelSpec = UNTIED) -> Iterator[Slots]:
+    slots = loaded(backend, spec).slots(3, 64)
+    require(slots.count == 3, f"{slots.count} slots instead of 3 of 64 tokens")
     require(slots.capacity >= 64, f"capacity {slots.capacity} instead of 64")
     try:
         yield slots

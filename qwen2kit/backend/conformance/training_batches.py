@@ -33,8 +33,9 @@ def trainable(
     return model
 
 
-def plain_batch(seed: int = 0, rows: int = 4, length: int = 12) -> TokenBatch:
+def plain_batch(seed: int = 0) -> TokenBatch:
     """Every position of every row is supervised."""
+    rows, length = 4, 12
     ids = np.array([tokens(length + 1, seed=100 * seed + row) for row in range(rows)], np.int32)
     positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
     return TokenBatch(ids[:, :-1].copy(), ids[:, 1:].copy(), positions, np.zeros_like(positions))
