@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 LONGEST = 600.0
 """Seconds that a number of streams may take at the roof; in truth it is several times as long."""
+_LARGEST = 10**9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class Workload:
         repeats: of prefill and decoding.
 
     Raises:
-        ConfigError: a number is too small.
+        ConfigError: a number is too small or makes no sense.
     """
 
     prefill: tuple[int, ...] = (128, 512, 2048)
@@ -54,6 +55,8 @@ class Workload:
         counts = (*self.prefill, *self.contexts, *self.streams, self.prompt, self.repeats)
         if min(counts) < 1:
             raise ConfigError(f"lengths, streams and repeats must be positive, got {min(counts)}")
+        if max(*counts, self.new) > _LARGEST:
+            raise ConfigError(f"numbers of more than {_LARGEST:,} make no sense here")
         if self.new < 2:
             raise ConfigError(f"at least 2 new tokens are needed to time decoding, got {self.new}")
 
@@ -69,8 +72,8 @@ class Subject:
 
     Attributes:
         name: for the report.
-        backend, model, plan, report: see `qwen2kit.backend.loading.LoadedModel`.
-        weights: where its weights came from.
+        backend, model, plan: see `qwen2kit.backend.loading.LoadedModel`.
+        weights: where its weights come from.
         prompts: makes prompts.
         vocab_limit: ids from here on are never produced.
     """
@@ -79,27 +82,18 @@ class Subject:
     backend: Backend
     model: CompiledModel
     plan: ExecutionPlan
-    report: LoadReport
     weights: WeightSource
     prompts: Prompts
     vocab_limit: int | None = None
 
 
-def bench(
-    subject: Subject, work: Workload, *, drafter: OpenDrafter | None = None, notice: Notice
-) -> dict[str, Any]:
-    """Measure everything; a section that fails is left out, with its reason in ``failures``.
-
-    Args:
-        subject: the model.
-        work: what is timed.
-        drafter: guesses ahead while decoding.
-        notice: told what is being measured.
+def measured_roof(subject: Subject, work: Workload, notice: Notice) -> Roof | None:
+    """What the device can do at best for a model, whose weights need not be loaded yet; None
+    where the backend cannot measure it.
 
     Raises:
         ConfigError: a sequence is longer than the model takes, or so many streams take longer
             than anyone waits.
-        BackendError: every section failed.
     """
     if work.longest() > subject.model.limit:
         raise ConfigError(
@@ -107,12 +101,38 @@ def bench(
             f"{subject.model.limit}; lower --prefill, --contexts, --prompt or --new"
         )
     meter = _meter(subject)
-    if meter is not None:
-        notice("measuring the device")
-    roof = None if meter is None else _roof(subject, meter)
-    if roof is not None:
-        for streams in work.streams:
-            check_streams(roof, streams, work)
+    if meter is None:
+        return None
+    notice("measuring the device")
+    roof = _roof(subject, meter)
+    for streams in work.streams:
+        check_streams(roof, streams, work)
+    return roof
+
+
+def bench(
+    subject: Subject,
+    work: Workload,
+    *,
+    report: LoadReport,
+    roof: Roof | None,
+    drafter: OpenDrafter | None = None,
+    notice: Notice,
+) -> dict[str, Any]:
+    """Measure everything; a section that fails is left out, with its reason in ``failures``.
+
+    Args:
+        subject: the model, loaded by now.
+        work: what is timed.
+        report: of loading it.
+        roof: see `measured_roof`.
+        drafter: guesses ahead while decoding.
+        notice: told what is being measured.
+
+    Raises:
+        BackendError: every section failed.
+    """
+    meter = _meter(subject)
     if meter is not None:
         meter.reset_peak()
     failures: list[str] = []
@@ -125,7 +145,9 @@ def bench(
             failures.append(f"{label}: {' '.join(str(error).split()) or type(error).__name__}")
     if failures and not any(sections.values()):
         raise BackendError(f"nothing could be measured; {failures[0]}")
-    return {**_facts(subject, meter, roof), **sections, "failures": failures}
+    loading = {"seconds": report.seconds, "bytes": report.bytes}
+    facts = _facts(subject, meter, roof)
+    return {**facts, "load": loading, **sections, "failures": failures}
 
 
 def check_streams(roof: Roof, streams: int, work: Workload) -> None:
@@ -213,7 +235,6 @@ def _facts(subject: Subject, meter: DeviceMeter | None, roof: Roof | None) -> di
         "dtype": None if meter is None else meter.dtype,
         "weight_bits": subject.plan.weight_bits,
         "cache_bits": subject.plan.cache_bits,
-        "load": {"seconds": subject.report.seconds, "bytes": subject.report.bytes},
         "memory": {
             "decode_weight_bytes": None if roof is None else roof.weights,
             "peak_bytes": None if meter is None else meter.peak_memory(),

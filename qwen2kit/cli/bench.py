@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
+    from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.bench.measure import OpenDrafter
+    from qwen2kit.backend.protocol import LoadReport
     from qwen2kit.bench.run import Subject
+    from qwen2kit.weights.checkpoint import Checkpoint
 
 
 def bench(
@@ -59,9 +61,10 @@ def bench(
 
     Every speed stands beside its roof: bytes over measured bandwidth, products over measured rate.
     """
+    from qwen2kit.adapters.merge import open_model
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.bench.report import show
-    from qwen2kit.bench.run import Workload
+    from qwen2kit.bench.run import Workload, measured_roof
     from qwen2kit.bench.run import bench as run
 
     if (model is None) == (random is None):
@@ -76,15 +79,26 @@ def bench(
         new=new,
         repeats=repeats,
     )
+    _check_plot(plot)
     plan = ExecutionPlan(device=device, dtype=dtype, weight_bits=weight_bits, cache_bits=cache_bits)
     screen = console()
-    with screen.status("loading") as status:
+    with screen.status("opening") as status:
+        notice = _notice(screen, status)
+        checkpoint = None if model is None else open_model(model)
+        subject = (
+            _random(str(random), backend, plan)
+            if checkpoint is None
+            else _stored(str(model), checkpoint, backend, plan)
+        )
+        roof = measured_roof(subject, work, notice)
+        notice("loading")
+        report = subject.model.load(subject.weights)
+        show_notes(report.notes)
         drafter = None
-        if random is not None:
-            subject = _random(random, backend, plan)
-        else:
-            subject, drafter = _loaded(str(model), backend, plan, draft, prompt_lookup)
-        document = run(subject, work, drafter=drafter, notice=_notice(screen, status))
+        if checkpoint is not None:
+            show_notes(checkpoint.notes)
+            drafter = drafter_maker(_loaded(subject, checkpoint, report), draft, prompt_lookup)
+        document = run(subject, work, report=report, roof=roof, drafter=drafter, notice=notice)
     for failure in document["failures"]:
         screen.print(f"left out: {failure}", markup=False, soft_wrap=True)
     if json:
@@ -109,26 +123,35 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{option} takes numbers separated by commas, got {text!r}") from None
 
 
-def _loaded(
-    name: str, backend: str, plan: ExecutionPlan, draft: str | None, prompt_lookup: int | None
-) -> tuple[Subject, OpenDrafter | None]:
-    from qwen2kit.backend.loading import load_model
+def _stored(name: str, checkpoint: Checkpoint, backend: str, plan: ExecutionPlan) -> Subject:
+    """A checkpoint's model, not loaded yet."""
+    from qwen2kit.backend.registry import get
     from qwen2kit.bench.prompts import text_prompts
     from qwen2kit.bench.run import Subject
 
-    loaded = load_model(name, backend=backend, plan=plan)
-    show_notes(loaded.notes)
-    subject = Subject(
+    chosen, tokenizer = get(backend), checkpoint.tokenizer()
+    return Subject(
         name=name,
-        backend=loaded.backend,
-        model=loaded.model,
+        backend=chosen,
+        model=chosen.compile(checkpoint.spec, plan),
         plan=plan,
-        report=loaded.report,
-        weights=loaded.checkpoint.weights,
-        prompts=text_prompts(loaded.tokenizer),
-        vocab_limit=loaded.sampling().vocab_limit,
+        weights=checkpoint.weights,
+        prompts=text_prompts(tokenizer),
+        vocab_limit=min(tokenizer.vocab_size, checkpoint.spec.vocab_size),
     )
-    return subject, drafter_maker(loaded, draft, prompt_lookup)
+
+
+def _loaded(subject: Subject, checkpoint: Checkpoint, report: LoadReport) -> LoadedModel:
+    from qwen2kit.backend.loading import LoadedModel
+
+    return LoadedModel(
+        checkpoint=checkpoint,
+        tokenizer=checkpoint.tokenizer(),
+        backend=subject.backend,
+        model=subject.model,
+        report=report,
+        plan=subject.plan,
+    )
 
 
 def _random(preset_name: str, backend: str, plan: ExecutionPlan) -> Subject:
@@ -142,18 +165,24 @@ def _random(preset_name: str, backend: str, plan: ExecutionPlan) -> Subject:
     chosen, spec = get(backend), preset(preset_name)
     named = chosen.meter(plan).dtype if isinstance(chosen, MeteredBackend) else plan.dtype
     weights = RandomSource(spec, "float32" if named == "auto" else named)  # type: ignore[arg-type]
-    model = chosen.compile(spec, plan)
-    report = model.load(weights)
-    show_notes(report.notes)
     return Subject(
         name=f"{preset_name} (random weights)",
         backend=chosen,
-        model=model,
+        model=chosen.compile(spec, plan),
         plan=plan,
-        report=report,
         weights=weights,
         prompts=random_prompts(spec.vocab_size),
     )
+
+
+def _check_plot(path: Path | None) -> None:
+    """What can be known of the picture's path before anything is measured."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"--plot writes a PNG; name a .png file, not {path.name}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--plot: there is no directory {path.parent}")
 
 
 def _plot(path: Path, document: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from qwen2kit.bench.roof import (
     prefill_flops,
     roof_of,
 )
-from qwen2kit.bench.run import Subject, Workload, bench, check_streams
+from qwen2kit.bench.run import Subject, Workload, bench, check_streams, measured_roof
 from qwen2kit.errors import BackendError, ConfigError, WeightError
 from qwen2kit.spec.hf import to_hf_config
 from qwen2kit.spec.presets import preset
@@ -179,11 +180,11 @@ def test_a_section_that_fails_is_left_out() -> None:
 
     def measured(most: int) -> dict[str, Any]:
         subject = Subject(
-            name="tiny", backend=backend, model=_NoRoom(model, most), plan=plan, report=report,  # type: ignore[arg-type]
+            name="tiny", backend=backend, model=_NoRoom(model, most), plan=plan,  # type: ignore[arg-type]
             weights=source, prompts=random_prompts(spec.vocab_size),
         )  # fmt: skip
         work = Workload(prefill=(8,), contexts=(8,), streams=(1, 4), prompt=8, new=4, repeats=1)
-        return bench(subject, work, notice=lambda label: None)
+        return bench(subject, work, report=report, roof=None, notice=lambda label: None)
 
     document = measured(1)
     assert document["failures"] == ["4 streams: out of memory"]
@@ -203,6 +204,30 @@ def test_more_streams_than_anyone_waits_for_are_refused() -> None:
     most = int(str(e.value).split("--streams ")[1].split()[0])
     assert 64 < most < 100_000_000
     check_streams(roof, most, work)
+
+
+def test_they_are_refused_before_anything_is_loaded() -> None:
+    spec = preset("qwen2-7b")
+    meter = SimpleNamespace(dtype="bfloat16", copy_bandwidth=lambda: 3e12, matmul_rate=lambda: 8e14)
+    backend = SimpleNamespace(
+        meter=lambda plan: meter, capabilities=lambda: SimpleNamespace(quantized_bits=())
+    )
+    model = SimpleNamespace(spec=spec, limit=4096)  # it cannot even load
+    subject = Subject(
+        name="x", backend=backend, model=model, plan=ExecutionPlan(),  # type: ignore[arg-type]
+        weights=RandomSource(spec, "bfloat16"), prompts=random_prompts(10),
+    )  # fmt: skip
+    assert measured_roof(subject, Workload(), lambda label: None) is not None
+    with pytest.raises(ConfigError, match="1000000 streams"):
+        measured_roof(subject, Workload(streams=(1_000_000,)), lambda label: None)
+    with pytest.raises(ConfigError, match="the longest sequence"):
+        measured_roof(subject, Workload(prefill=(5000,)), lambda label: None)
+
+
+@pytest.mark.parametrize("field", ["repeats", "prompt", "new"])
+def test_numbers_beyond_reason_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match="make no sense"):
+        Workload(**{field: 10**400})
 
 
 def test_prompts_differ() -> None:
