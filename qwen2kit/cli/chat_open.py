@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2kit.cli.drafting import drafter_maker
-from qwen2kit.cli.output import console
+from qwen2kit.cli.output import console, show_notes
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,10 +63,9 @@ def open_session(
             **sampling,
         )
         session.tools = tools
-    for key in loaded.checkpoint.generation.ignored:
-        screen.print(f"note: {key} of generation_config.json is not supported", markup=False)
-    for note in loaded.notes:
-        screen.print(f"note: {note}", markup=False)
+    ignored = loaded.checkpoint.generation.ignored
+    show_notes(f"{key} of generation_config.json is not supported" for key in ignored)
+    show_notes(loaded.notes)
     if not session.is_chat:
         screen.print("This model has no chat template: it continues your text.")
     return session

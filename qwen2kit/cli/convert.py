@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwen2kit.cli.output import console, emit_json, progress
+from qwen2kit.cli.output import console, emit_json, progress, show_notes
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -119,8 +119,7 @@ def convert(
     _print(done, proof)
     if quality is not None:
         quality.print()
-    for note in source.notes:
-        console().print(f"note: {note}", markup=False)
+    show_notes(source.notes)
     if proof is not None:
         proof.require()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen2kit.cli.output import console, progress
+from qwen2kit.cli.output import console, progress, show_notes
 from qwen2kit.errors import ConfigError, Qwen2KitError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Quality:
         from rich.table import Table
 
         if self.report is None:
-            console().print(f"note: loss not measured: {self.failure}", markup=False)
+            show_notes([f"loss not measured: {self.failure}"])
             return
         report = self.report
         text = "built-in passages" if report.text == "auto" else report.text

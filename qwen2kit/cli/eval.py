@@ -169,8 +169,7 @@ def _run(job: Job, directory: Path) -> EvalResult | None:
     job.check(directory)
     with redirect_stdout(sys.stderr):  # task code may print; stdout is for the document
         selection = job.select()
-        for notice in selection.notices:
-            console().print(f"note: {notice}", markup=False)
+        show_notes(selection.notices)
         loaded = load()
         show_notes(loaded.notes)
         job.begin(directory)
@@ -186,8 +185,7 @@ def _run(job: Job, directory: Path) -> EvalResult | None:
                 team=team,
             )
     processes.close()
-    for notice in result.notices[len(selection.notices) :]:
-        console().print(f"note: {notice}", markup=False)
+    show_notes(result.notices[len(selection.notices) :])
     return result
 
 

@@ -9,7 +9,7 @@ import typer
 
 from qwen2kit.cli.eval_model import BatchSize, ChatTemplate, Json, Output, load, numbers_of
 from qwen2kit.cli.model_options import Adapter, BackendName, DeviceName, DType, Model
-from qwen2kit.cli.output import console, emit_json
+from qwen2kit.cli.output import console, emit_json, show_notes
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -106,10 +106,7 @@ def code_runner(allowed: bool, weak: bool, *, seconds: float = 3.0) -> CodeEval 
 
     isolation = strongest_sandbox(Limits(seconds=seconds), weak=weak)
     if isolation.breaches:
-        console().print(
-            f"note: programs are not isolated: they can {', '.join(isolation.breaches)}",
-            markup=False,
-        )
+        show_notes([f"programs are not isolated: they can {', '.join(isolation.breaches)}"])
     return CodeEval(isolation)
 
 

@@ -23,7 +23,7 @@ def console() -> Console:
 
 
 def show_notes(notes: Iterable[str]) -> None:
-    """What a loaded model has to say (`LoadedModel.notes`), a line each on stderr."""
+    """What is worth knowing (`LoadedModel.notes`, for one), a line each on stderr."""
     screen = console()
     for note in notes:
         screen.print(f"note: {note}", markup=False, soft_wrap=True)

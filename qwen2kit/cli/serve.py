@@ -166,6 +166,4 @@ def _announce(serving: Serving, host: str, port: int) -> None:
     for line in (f"serving {serving.name} at {root}/v1 ({size})", f"chat page: {root}/"):
         console().print(line, markup=False, soft_wrap=True)
     if serving.api_key is None and host not in _LOOPBACK:
-        console().print(
-            f"note: anybody who reaches this address may use it; set {_KEY_VARIABLE}", markup=False
-        )
+        show_notes([f"anybody who reaches this address may use it; set {_KEY_VARIABLE}"])

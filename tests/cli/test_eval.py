@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from qwen2kit.backend.registry import installed
+from qwen2kit.cli.app import main
+from qwen2kit.errors import ConfigError
 from tests.eval_tasks import write_tasks
+from tests.packed_checkpoint import Kind, write_packed_checkpoint
 from tests.run_cli import OFFLINE, run_cli
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -48,6 +51,26 @@ def test_a_run_writes_its_results_and_prints_them(home: Path) -> None:
     assert "exact_match" in done.stderr
     assert "written to" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_what_becomes_of_packed_weights_is_told(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def evaluate(*_: object, **__: object) -> None:
+        raise ConfigError("loaded")
+
+    monkeypatch.setattr("qwen2kit_evals.run.evaluate", evaluate)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(home / "cache"))
+    write_packed_checkpoint(home / "packed", Kind(order="activation"))
+    command = ["qwen2kit", "eval", str(home / "packed"), "--tasks", "tiny_choice",
+               "--include-path", str(home / "tasks"), "--output", str(home / "told")]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    told, refused = capsys.readouterr().err.splitlines()[-2:]
+    assert told.startswith("note: ")
+    assert "dequantised on every backend" in told
+    assert refused == "error: loaded"
 
 
 @pytest.mark.slow
