@@ -10,7 +10,7 @@ from tests.arch.source_tree import ROOT, functions, parse
 
 # Test functions, each often parametrised. Raise a floor when a folder grows.
 FLOORS = {
-    "arch": 30,
+    "arch": 36,
     "cli": 154,
     "parallel": 13,
     "parity": 26,
