@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from contest import announce, append, environment, run_alone
+from contest import announce, append, environment, run_alone, so_far
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
@@ -90,6 +90,7 @@ def decode(name: str) -> dict[str, Any]:
             "decode_tps": round(streams * NEW / (whole - first), 1),
             "first_s": round(first, 4),
         }
+        so_far(found)
     return found
 
 

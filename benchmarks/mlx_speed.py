@@ -315,6 +315,9 @@ def main() -> None:
                 )
                 write.start()
                 write.join()
+                if write.exitcode:
+                    print(f"{shape} {form}: its weights could not be written", flush=True)
+                    continue
                 for result in measure(folder, form, options):
                     show(shape, form, result)
                     report["models"][f"{shape} {form}"] = result

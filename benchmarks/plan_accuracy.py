@@ -184,6 +184,7 @@ def train(case: Case, timing: bool) -> dict[str, Any]:
         "reserved_bytes": stats["reserved_bytes.all.peak"],
     }
     if timing:
+        contest.so_far(result)
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(TIMED_STEPS):
@@ -292,8 +293,8 @@ def run(cases: tuple[Case, ...], arguments: argparse.Namespace) -> list[dict[str
             "measured": ranks,
         }
         with writing:
-            print(line(results[index]), file=sys.stderr, flush=True)
             contest.append(arguments.output, results[index])
+            print(line(results[index]), file=sys.stderr, flush=True)
 
     threads = [threading.Thread(target=one, args=(index,)) for index in range(len(cases))]
     for thread in threads:

@@ -131,7 +131,7 @@ async def client(
         }  # fmt: skip
         try:
             await _ask(server, body, results)
-        except (OSError, ValueError, EOFError, KeyError, TimeoutError) as error:
+        except (OSError, ValueError, EOFError, LookupError, TimeoutError) as error:
             results.errors.append(f"{type(error).__name__}: {error}")
 
 
@@ -139,8 +139,9 @@ async def malformed(server: Server, number: int, delay: float, results: Results)
     """One request that has to be refused, after ``delay`` seconds."""
     await asyncio.sleep(delay)
     method, path, body = MALFORMED[number % len(MALFORMED)]
-    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer = None
     try:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(_head(server, method, path, len(body)) + body)
         status = (await asyncio.wait_for(reader.readline(), 60)).decode().split(" ", 2)[1]
         if not status.startswith("4"):
@@ -149,7 +150,8 @@ async def malformed(server: Server, number: int, delay: float, results: Results)
     except (OSError, ValueError, IndexError, TimeoutError) as error:
         results.errors.append(f"malformed: {type(error).__name__}: {error}")
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
 
 
 async def dropped(server: Server, number: int, delay: float, results: Results) -> None:
@@ -157,8 +159,9 @@ async def dropped(server: Server, number: int, delay: float, results: Results) -
     await asyncio.sleep(delay)
     body = {"model": "model", "prompt": f"{number}", "max_tokens": 1000, "stream": True}
     data = json.dumps(body | {"ignore_eos": True}).encode()
-    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer = None
     try:
+        reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(_head(server, "POST", "/v1/completions", len(data)) + data)
         while line := await asyncio.wait_for(reader.readline(), 120):
             if line.startswith(b"data: "):
@@ -167,7 +170,8 @@ async def dropped(server: Server, number: int, delay: float, results: Results) -
     except (OSError, TimeoutError) as error:
         results.errors.append(f"dropped: {type(error).__name__}: {error}")
     finally:
-        writer.transport.abort()
+        if writer is not None:
+            writer.transport.abort()
 
 
 def _head(server: Server, method: str, path: str, length: int) -> bytes:
@@ -210,11 +214,10 @@ async def _ask(server: Server, body: dict[str, Any], results: Results) -> None:
         writer.close()
 
 
-async def run(server: Server, options: argparse.Namespace) -> tuple[Results, float]:
-    """All clients together; results and seconds until the last answer."""
-    results = Results()
-    memory = asyncio.create_task(server.watch_memory())
+async def run(server: Server, options: argparse.Namespace, results: Results) -> None:
+    """All clients together, until the last answer."""
     start = time.perf_counter()
+    beside = [asyncio.create_task(server.watch_memory()), asyncio.create_task(tell(results))]
     new = tuple(int(part) for part in options.new.split(","))
     await asyncio.gather(
         *(
@@ -227,9 +230,53 @@ async def run(server: Server, options: argparse.Namespace) -> tuple[Results, flo
             for number in range(count)
         ),
     )
-    seconds = time.perf_counter() - start
-    memory.cancel()
-    return results, seconds
+    for task in beside:
+        task.cancel()
+
+
+async def tell(results: Results) -> None:
+    """How far it is, every ten seconds."""
+    start = time.perf_counter()
+    while True:
+        await asyncio.sleep(10)
+        seconds = time.perf_counter() - start
+        print(
+            f"{seconds:5.0f} s: {len(results.whole)} answers, {results.tokens / seconds:.0f} "
+            f"tokens/s, {len(results.errors)} errors",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def document(
+    server: Server, results: Results, seconds: float, ended: int | str, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The report; ``ended`` is the server's exit code, or why it has none."""
+    return {
+        "command": "python benchmarks/serving.py " + " ".join(["MODEL", *sys.argv[2:]]),
+        "machine": {
+            "device": options.device,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("fastapi", "uvicorn")},
+        },
+        "clients": options.clients,
+        "seconds": seconds,
+        "requests": len(results.whole),
+        "malformed_refused": results.refused,
+        "clients_that_hung_up": results.dropped,
+        "errors": len(results.errors),
+        "first_errors": results.errors[:5],
+        "exit_code": ended,
+        "prompt_tokens": results.prompt_tokens,
+        "tokens": results.tokens,
+        "tokens_per_second": results.tokens / seconds,
+        "requests_per_second": len(results.whole) / seconds,
+        "first_token_ms": summary(results.first),
+        "between_tokens_ms": summary(results.between),
+        "request_ms": summary(results.whole),
+        "memory": memory_summary(server.memory),
+    }
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -247,6 +294,8 @@ def memory_summary(samples: list[tuple[float, float]]) -> dict[str, float]:
     """Megabytes at the start, when warm, at the end and at most; growth per minute once warm."""
     import numpy as np
 
+    if not samples:
+        return {}
     times, sizes = np.array(samples).T
     warm = times >= WARM_SHARE * times[-1]
     slope = np.polyfit(times[warm], sizes[warm], 1)[0] if warm.sum() > 2 else 0.0
@@ -259,7 +308,7 @@ def memory_summary(samples: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def draw(document: dict[str, Any], results: Results, memory: Any, path: Path) -> None:
+def draw(found: dict[str, Any], results: Results, memory: Any, path: Path) -> None:
     """Memory over time, and the distributions of the latencies."""
     import matplotlib
 
@@ -273,7 +322,7 @@ def draw(document: dict[str, Any], results: Results, memory: Any, path: Path) ->
     for name in ("first", "between", "whole"):
         values = np.sort(np.array(getattr(results, name)) * 1000)
         axes[1].plot(values, np.linspace(0, 1, len(values)), label=name)
-    title = f"{document['clients']} clients, {document['tokens_per_second']:.0f} tokens/s"
+    title = f"{found['clients']} clients, {found['tokens_per_second']:.0f} tokens/s"
     axes[1].set(xscale="log", xlabel="ms", ylabel="share of requests or tokens", title=title)
     axes[1].legend(["first token", "between tokens", "whole request"])
     figure.savefig(path, dpi=120)
@@ -295,44 +344,27 @@ def main() -> None:
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options, serve_options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
     server = Server(options.model, options.clients, serve_options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))
+    results, start = Results(), time.perf_counter()
     try:
-        results, seconds = asyncio.run(run(server, options))
+        asyncio.run(run(server, options, results))
+        seconds = time.perf_counter() - start
         server.process.send_signal(signal.SIGTERM)
-        code = server.process.wait(60)
+        ended: int | str = server.process.wait(60)
+    except subprocess.TimeoutExpired:
+        ended = "none 60 s after SIGTERM"
+    except SystemExit as reason:
+        ended, seconds = str(reason), time.perf_counter() - start
     finally:
         server.process.kill()
-    document = {
-        "command": "python benchmarks/serving.py " + " ".join(["MODEL", *arguments[1:]]),
-        "machine": {
-            "device": options.device,
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("fastapi", "uvicorn")},
-        },
-        "clients": options.clients,
-        "seconds": seconds,
-        "requests": len(results.whole),
-        "malformed_refused": results.refused,
-        "clients_that_hung_up": results.dropped,
-        "errors": len(results.errors),
-        "first_errors": results.errors[:5],
-        "exit_code": code,
-        "prompt_tokens": results.prompt_tokens,
-        "tokens": results.tokens,
-        "tokens_per_second": results.tokens / seconds,
-        "requests_per_second": len(results.whole) / seconds,
-        "first_token_ms": summary(results.first),
-        "between_tokens_ms": summary(results.between),
-        "request_ms": summary(results.whole),
-        "memory": memory_summary(server.memory),
-    }
-    text = json.dumps(document, indent=1)
+    found = document(server, results, seconds, ended, options)
+    text = json.dumps(found, indent=1)
     print(text)
     if options.output is not None:
         options.output.write_text(text + "\n")
     if options.plot is not None:
-        draw(document, results, server.memory, options.plot)
-    if results.errors or code != 0:
+        draw(found, results, server.memory, options.plot)
+    if results.errors or ended != 0:
         sys.exit(1)
 
 

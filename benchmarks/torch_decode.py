@@ -6,7 +6,8 @@ Weights are random; nothing is downloaded. For every preset: the largest differe
 captured step and the plain network (a model of two layers), each product kernel alone over several
 layers with a few tiles (microseconds, GB/s of weights), attention alone at several lengths, passes
 over prompts, whole steps, and whole decoding through `Slots`; with ``packed`` among the sections,
-the same with weights in 4 and 8 bits. Sections that fail are reported and do not stop the others.
+the same with weights in 4 and 8 bits. Sections that fail are reported and do not stop the others;
+the JSON file is written with every figure.
 """
 
 from __future__ import annotations
@@ -31,32 +32,41 @@ PROMPT_TILES = (
     (128, 64, 4, 2),
 )  # fmt: skip
 RESULTS: dict[str, Any] = {}
+FILES: list[Path] = []
 
 
-def section(name: str, work: Callable[[], Any]) -> Any:
-    """Run ``work``; print and keep its result, or its traceback."""
+class Figures(dict[str, Any]):
+    """What a section has found; the JSON file is written with every figure."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        for path in FILES:
+            path.write_text(json.dumps(RESULTS, indent=1, default=str) + "\n")
+
+
+def section(name: str, work: Callable[[Figures], None]) -> Figures | None:
+    """Let ``work`` fill in figures; print and keep them, and its traceback if it fails."""
     start = time.perf_counter()
+    found = RESULTS[name] = Figures()
     try:
-        result = work()
+        work(found)
     except Exception:
-        result = {"error": traceback.format_exc()}
-        print(f"## {name} FAILED\n{result['error']}", flush=True)
-        RESULTS[name] = result
-        return None
-    RESULTS[name] = result
-    print(f"## {name} ({time.perf_counter() - start:.1f} s)", flush=True)
-    print(json.dumps(result, indent=None, default=str), flush=True)
-    return result
+        found["error"] = traceback.format_exc()
+        print(f"## {name} FAILED\n{found['error']}", flush=True)
+    else:
+        print(f"## {name} ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(json.dumps(found, indent=None, default=str), flush=True)
+    return None if "error" in found else found
 
 
-def copy_bandwidth() -> dict[str, float]:
+def copy_bandwidth(found: Figures) -> None:
     """GB/s of a device-to-device copy, reads and writes counted."""
     import torch
 
     source = torch.empty(1 << 32, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     seconds = timed(lambda: target.copy_(source), 5)
-    return {"copy_GB_s": 2 * source.nbytes / seconds / 1e9}
+    found["copy_GB_s"] = 2 * source.nbytes / seconds / 1e9
 
 
 def timed(work: Callable[[], Any], repeats: int) -> float:
@@ -158,13 +168,12 @@ def place(step: Any, position: int) -> None:
     step.limit.fill_(step.logits.shape[1])
 
 
-def check(name: str) -> dict[str, Any]:
+def check(found: Figures, name: str) -> None:
     """Largest differences from the plain network, and whether two runs are equal."""
     import torch
 
     from qwen2kit.backend.slots import Feed
 
-    found: dict[str, Any] = {}
     tokens = torch.randint(0, 150_000, (400,), generator=torch.Generator().manual_seed(1)).tolist()
     for dtype in ("float32", "bfloat16"):
         model = build(name, layers=2, dtype=dtype)
@@ -195,7 +204,6 @@ def check(name: str) -> dict[str, Any]:
         slots.close()
         del model, slots
         torch.cuda.empty_cache()
-    return found
 
 
 def candidates(product: str, width: int, rows_total: int) -> Iterator[Any]:
@@ -290,7 +298,7 @@ def compile_ahead(work: tuple[str, str, int, int, int, int]) -> None:
         print(f"{work}: {traceback.format_exc(limit=1)}", flush=True)
 
 
-def compile_all(names: list[str], processes: int) -> dict[str, int]:
+def compile_all(names: list[str], processes: int, found: Figures) -> None:
     """Fill Triton's cache from several processes."""
     from qwen2kit.spec.presets import preset
 
@@ -302,10 +310,10 @@ def compile_all(names: list[str], processes: int) -> dict[str, int]:
     ]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.map(compile_ahead, work, chunksize=1)
-    return {"kernels": len(work)}
+    found["kernels"] = len(work)
 
 
-def tune(name: str) -> dict[str, Any]:
+def tune(found: Figures, name: str) -> None:
     """Microseconds and GB/s of every candidate; the fastest of each product."""
     import torch
 
@@ -313,7 +321,6 @@ def tune(name: str) -> dict[str, Any]:
 
     model = build(name, layers={"qwen2-0.5b": 96, "qwen2-1.5b": 40}.get(name, 4))
     joined = join(model.module)
-    found: dict[str, Any] = {}
     for product, (width, rows) in widths(model.spec).items():
         count = 1 if product == "head" else len(joined.layers)
         lines = []
@@ -334,7 +341,6 @@ def tune(name: str) -> dict[str, Any]:
         ]
     del model, joined
     torch.cuda.empty_cache()
-    return found
 
 
 def key_tiles() -> Iterator[tuple[int, int, int]]:
@@ -377,7 +383,7 @@ def compile_prompt(work: tuple[str, int]) -> None:
         print(f"{work}: {traceback.format_exc(limit=1)}", flush=True)
 
 
-def compile_more(names: list[str], processes: int, wanted: list[str]) -> None:
+def compile_more(names: list[str], processes: int, wanted: list[str], found: Figures) -> None:
     """Fill Triton's cache with attention's kernels from several processes."""
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         if "attention" in wanted:
@@ -391,7 +397,7 @@ def compile_more(names: list[str], processes: int, wanted: list[str]) -> None:
             )
 
 
-def attention(name: str) -> dict[str, Any]:
+def attention(found: Figures, name: str) -> None:
     """Microseconds of attention alone: keys at once, warps, spread by rows and length."""
     import torch
 
@@ -399,7 +405,6 @@ def attention(name: str) -> dict[str, Any]:
 
     model = build(name, layers=24 if name == "qwen2-0.5b" else 6)
     joined = join(model.module)
-    found: dict[str, Any] = {}
     for rows, lengths in ((1, (512, 4096, 16384)), (16, (512, 2048))):
         for keys, warps, spread in key_tiles():
             tiling = replace(default_tiles(model.spec), keys=keys, key_warps=warps, spread=spread)
@@ -413,10 +418,9 @@ def attention(name: str) -> dict[str, Any]:
             found[f"{rows} rows, {keys} keys, {warps} warps, spread {spread}"] = times
             del step, run
             torch.cuda.empty_cache()
-    return found
 
 
-def prompts(name: str) -> dict[str, Any]:
+def prompts(found: Figures, name: str) -> None:
     """Milliseconds of whole passes over prompts, and microseconds of their attention alone."""
     import torch
 
@@ -442,7 +446,6 @@ def prompts(name: str) -> dict[str, Any]:
         "8 of 256": [Piece(slot, 0, (1,) * 256, 1) for slot in range(8)],
         "2048 after 8192": [Piece(0, 8192, (1,) * 2048, 1)],
     }
-    found: dict[str, Any] = {}
     for label, pieces in cases.items():
         run = partial(prompt_hidden, PromptPass, spec, joined, storage, pieces, rope)
         run()
@@ -468,7 +471,6 @@ def prompts(name: str) -> dict[str, Any]:
     found["kernels, 2048"] = profile(
         partial(prompt_hidden, PromptPass, spec, joined, storage, cases["2048"], rope)
     )
-    return found
 
 
 def prompt_hidden(kind: Any, *arguments: Any) -> Any:
@@ -479,7 +481,7 @@ def prompt_hidden(kind: Any, *arguments: Any) -> Any:
         return kind(*arguments).hidden()
 
 
-def whole(name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> dict[str, Any]:
+def whole(found: Figures, name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> None:
     """Microseconds of whole steps by graph replay; where a step's time goes; tokens a second."""
     import torch
 
@@ -491,7 +493,7 @@ def whole(name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> d
     spec, joined = model.spec, join(model.module)
     weights = sum(p.nbytes for p in model.module.parameters())
     weights -= 0 if spec.tie_word_embeddings else joined.embedding.nbytes
-    found: dict[str, Any] = {"weight_GB": weights / 1e9, "roof_us_at_3TB_s": weights / 3e6}
+    found["weight_GB"], found["roof_us_at_3TB_s"] = weights / 1e9, weights / 3e6
     default = default_tiles(spec) if bits is None else None
     fastest = default
     if tuned:
@@ -539,7 +541,6 @@ def whole(name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> d
     found["us a token, each fed alone"] = round((time.perf_counter() - start) / 50 * 1e6, 1)
     del model, joined, slots
     torch.cuda.empty_cache()
-    return found
 
 
 def profile(run: Callable[[], None]) -> dict[str, Any]:
@@ -561,14 +562,14 @@ def measure(name: str, wanted: list[str]) -> None:
     """The sections of one preset."""
     work = {"check": check, "tune": tune, "attention": attention, "prompts": prompts}
     found = {
-        key: section(f"{name} {key}", partial(run, name))
+        key: section(f"{name} {key}", partial(run, name=name))
         for key, run in work.items()
         if key in wanted
     }
     if "whole" in wanted:
-        section(f"{name} whole", partial(whole, name, found.get("tune")))
+        section(f"{name} whole", partial(whole, name=name, tuned=found.get("tune")))
     for bits in (4, 8) if "packed" in wanted else ():
-        section(f"{name} whole, {bits} bits", partial(whole, name, None, bits))
+        section(f"{name} whole, {bits} bits", partial(whole, name=name, tuned=None, bits=bits))
 
 
 def main() -> None:
@@ -581,18 +582,17 @@ def main() -> None:
     arguments = parser.parse_args()
     names = arguments.presets.split(",")
     wanted = arguments.sections.split(",")
+    FILES.extend([arguments.json] if arguments.json else [])
     import torch
 
     print(torch.__version__, torch.cuda.get_device_name(), flush=True)
     section("copy", copy_bandwidth)
     if "tune" in wanted:
-        section("compile", lambda: compile_all(names, arguments.processes))
+        section("compile", partial(compile_all, names, arguments.processes))
     if "attention" in wanted or "prompts" in wanted:
         section("compile attention", partial(compile_more, names, arguments.processes, wanted))
     for name in names:
         measure(name, wanted)
-        if arguments.json:
-            arguments.json.write_text(json.dumps(RESULTS, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

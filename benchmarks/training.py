@@ -6,7 +6,7 @@
 Random weights, random tokens, every position supervised, AdamW, float32 master weights, bfloat16
 products. Every step is one optimizer step of ``--rows`` rows; a contestant that runs out of memory
 tries again with half the rows per micro-batch. Each runs in a process of its own; their results
-are appended to the JSON file as they come.
+are appended to the JSON file as they come, and one that is cut off leaves what it has measured.
 
     ours                        as users get it
     ours-rotation, ours-swiglu, ours-norm
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from contest import announce, append, environment, run_alone
+from contest import announce, append, environment, run_alone, so_far
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "backends")]
@@ -74,14 +74,12 @@ def ours(arguments: argparse.Namespace, preset_name: str, without: str) -> dict[
         metrics = model.train_step(batch, 1e-4)
         losses.append(metrics.loss)
 
-    found = measure(step, arguments)
+    flash = model._cut.flash  # type: ignore[attr-defined]
+    known = {"processes": processes.world, "attention": "flash-attn-4" if flash else "sdpa"}
+    found = measure(step, losses, arguments, known)
     if arguments.profile and processes.rank == 0:
         with model.profiler(Path(arguments.profile)):  # type: ignore[attr-defined]
             step()
-    found["losses"] = [round(loss, 4) for loss in losses]
-    found["processes"] = processes.world
-    flash = model._cut.flash  # type: ignore[attr-defined]
-    found["attention"] = "flash-attn-4" if flash else "sdpa"
     return found
 
 
@@ -177,9 +175,7 @@ def transformers(arguments: argparse.Namespace, preset_name: str, variant: str) 
         optimizer.step()
         losses.append(float(total))
 
-    found = measure(step, arguments)
-    found["losses"] = [round(loss, 4) for loss in losses]
-    return found
+    return measure(step, losses, arguments, {})
 
 
 def contestant(name: str) -> Callable[[argparse.Namespace, str], dict[str, Any]]:
@@ -192,8 +188,18 @@ def contestant(name: str) -> Callable[[argparse.Namespace, str], dict[str, Any]]
     return lambda arguments, preset_name: transformers(arguments, preset_name, variant)
 
 
-def measure(step: Callable[[], None], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median seconds of ``--steps`` steps after the warm-up, and peak memory."""
+def measure(
+    step: Callable[[], None],
+    losses: list[float],
+    arguments: argparse.Namespace,
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """Median seconds of ``--steps`` steps after the warm-up, and peak memory; told after each.
+
+    Args:
+        losses: to which every step adds one.
+        known: what else belongs into the result.
+    """
     import torch
 
     started = time.perf_counter()
@@ -202,19 +208,24 @@ def measure(step: Callable[[], None], arguments: argparse.Namespace) -> dict[str
     torch.cuda.synchronize()
     warm = time.perf_counter() - started
     torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(arguments.steps):
+    seconds: list[float] = []
+    found: dict[str, Any] = {}
+    while len(seconds) < arguments.steps:
         before = time.perf_counter()
         step()
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - before)
-    found = {
-        "seconds": [round(value, 4) for value in seconds],
-        "median": statistics.median(seconds),
-        "warmup_seconds": round(warm, 1),
-        "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
-        "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
-    }
+        found = {
+            "seconds": [round(value, 4) for value in seconds],
+            "median": statistics.median(seconds),
+            "warmup_seconds": round(warm, 1),
+            "peak_gb": torch.cuda.max_memory_allocated() / 1e9,
+            "reserved_gb": torch.cuda.max_memory_reserved() / 1e9,
+            "losses": [round(loss, 4) for loss in losses],
+            **known,
+        }
+        if os.environ.get("RANK", "0") == "0":
+            so_far(finish(found, arguments, arguments.presets))
     if arguments.breakdown:
         try:
             found["breakdown"] = breakdown(step)
@@ -289,11 +300,10 @@ def finish(report: dict[str, Any], arguments: argparse.Namespace, name: str) -> 
     rate = arguments.rows * arguments.seq_len / report["median"]
     peak = peak_flops(torch.cuda.get_device_name())
     flops = train_flops_per_token(preset(name), arguments.seq_len)
-    report["tokens_per_second"] = round(rate, 1)
+    found = {"tokens_per_second": round(rate, 1)}
     if peak:
-        report["mfu"] = round(rate * flops / peak / report.get("processes", 1), 4)
-    report["environment"] = environment()
-    return report
+        found["mfu"] = round(rate * flops / peak / report.get("processes", 1), 4)
+    return found | report | {"environment": environment()}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -305,7 +315,8 @@ def show(row: dict[str, Any]) -> None:
     print(
         f"{head}{row['tokens_per_second']:>9,.0f} tokens/s  MFU {100 * row.get('mfu', 0):5.1f} %  "
         f"peak {row['peak_gb']:5.1f} GB  step {row['median']:.3f} s  "
-        f"warm-up {row['warmup_seconds']} s  loss {row['losses'][0]} -> {row['losses'][-1]}",
+        f"warm-up {row['warmup_seconds']} s  loss {row['losses'][0]} -> {row['losses'][-1]}  "
+        f"{row.get('cut_off', '')}",
         flush=True,
     )
     for kernel, milliseconds in row.get("breakdown", {}).items():
