@@ -91,7 +91,8 @@ def encode_corpus(
         examples = _counted(encode_documents(data, read_rows(data), tokenizer), report)
     corpus = collect(examples)
     if len(corpus) == 0:
-        raise DataError("the data holds no example to train on; check data.paths and data.format")
+        where = "" if isinstance(data, EmbeddedData) else f" ({', '.join(data.paths)})"
+        raise DataError(f"the data holds no example to train on{where}; check its paths and format")
     return corpus, report
 
 

@@ -131,17 +131,39 @@ def read_index(directory: Path) -> ShardIndex:
                 f"{path} is {values['format']!r} version {values['version']}; this release reads "
                 f"{FORMAT!r} version {VERSION}"
             )
-        return ShardIndex(
+        index = ShardIndex(
             task=values["task"],
             dtype=values["dtype"],
             tokenizer=values["tokenizer"],
             made_from=values["made_from"],
             shards=tuple(ShardInfo(**shard) for shard in values["shards"]),
         )
+        _check_types(index)
+        return index
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged ({type(error).__name__}); restore it") from None
+
+
+def _check_types(index: ShardIndex) -> None:
+    """Raise ValueError unless every field is what it is declared to be."""
+    counts = [
+        count
+        for shard in index.shards
+        for count in (shard.documents, shard.tokens, shard.supervised, shard.empty)
+    ]
+    sound = (
+        index.task in ("pretrain", "sft"),
+        index.dtype in ("uint16", "uint32"),
+        isinstance(index.tokenizer, str),
+        isinstance(index.made_from, dict),
+        all(type(count) is int and count >= 0 for count in counts),
+        all(isinstance(shard.name, str) for shard in index.shards),
+        all(isinstance(shard.sha256, dict) for shard in index.shards),
+    )
+    if not all(sound):
+        raise ValueError
 
 
 def check_sizes(directory: Path, index: ShardIndex) -> None:

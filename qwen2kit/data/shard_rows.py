@@ -11,8 +11,8 @@ from qwen2kit.backend.protocol import TokenBatch
 from qwen2kit.data.packing import Span, empty_rows
 from qwen2kit.data.permute import KeyedPermutation
 from qwen2kit.data.row_source import RowLayout
-from qwen2kit.data.shards import ShardSet
-from qwen2kit.data.windows import fill_window
+from qwen2kit.data.shards import Shard, ShardSet
+from qwen2kit.data.windows import Disorder, fill_window
 from qwen2kit.errors import DataError
 
 
@@ -75,7 +75,11 @@ class WindowRows:
         while first < last:
             number = int(np.searchsorted(before, first, side="right")) - 1
             base, end = int(before[number]), min(last, int(before[number + 1]))
-            fill_window(batch, row, column, self._shards[number], first - base, end - base)
+            shard = self._shards[number]
+            try:
+                fill_window(batch, row, column, shard, first - base, end - base)
+            except Disorder:
+                raise _out_of_order(shard) from None
             column, first = column + end - first, end
 
 
@@ -96,8 +100,13 @@ class ShardExamples:
 
     @classmethod
     def of(cls, shards: ShardSet) -> ShardExamples:
-        """All documents."""
-        lengths = [np.diff(shards[number].offsets) for number in range(len(shards))]
+        """All documents. Raises DataError if a shard's offsets are damaged."""
+        lengths = []
+        for number in range(len(shards)):
+            shard = shards[number]
+            lengths.append(np.diff(shard.offsets))
+            if (lengths[-1] < 1).any():
+                raise _out_of_order(shard)
         count = int(shards.documents_before[-1])
         return cls(shards, np.arange(count), np.concatenate([*lengths, np.zeros(0, np.int64)]))
 
@@ -137,3 +146,7 @@ class ShardExamples:
         before = self._shards.documents_before
         shard = int(np.searchsorted(before, number, side="right")) - 1
         return shard, number - int(before[shard])
+
+
+def _out_of_order(shard: Shard) -> DataError:
+    return shard.damage(".offsets", "holds places that do not follow each other")

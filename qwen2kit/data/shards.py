@@ -37,13 +37,17 @@ _OPEN_SHARDS = 128  # three descriptors each; systems allow 1,024 by default
 class Shard:
     """One open shard.
 
+    Args:
+        vocab_size: ids from here on are damage.
+
     Attributes:
         offsets: int64 ``[documents + 1]``, memory-mapped.
     """
 
-    def __init__(self, directory: Path, info: ShardInfo, dtype: str) -> None:
+    def __init__(self, directory: Path, info: ShardInfo, dtype: str, vocab_size: int) -> None:
         self._base = directory / info.name
         self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._vocab_size = vocab_size
         self._tokens = _open(self, self._base.with_suffix(".tokens"))
         self._bits = None
         if "supervised" in info.sha256:
@@ -59,11 +63,14 @@ class Shard:
         """Tokens ``start:stop`` as int32; the second item is None if all are supervised.
 
         Raises:
-            DataError: the file is cut off or cannot be read.
+            DataError: the file is cut off, cannot be read, or holds ids that no tokenizer made.
         """
         width = self._dtype.itemsize
         data = self._read(self._tokens, ".tokens", start * width, (stop - start) * width)
-        tokens = np.frombuffer(data, dtype=self._dtype).astype(np.int32)
+        stored = np.frombuffer(data, dtype=self._dtype)
+        if stored.max(initial=0) >= self._vocab_size:
+            raise self.damage(".tokens", f"holds the id {stored.max()}, which no token has")
+        tokens = stored.astype(np.int32)
         if self._bits is None:
             return tokens, None
         first = start // 8
@@ -71,15 +78,17 @@ class Shard:
         bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
         return tokens, bits[start - 8 * first : stop - 8 * first].astype(np.bool_)
 
+    def damage(self, suffix: str, problem: str) -> DataError:
+        """An error that names one of the shard's files."""
+        return DataError(f"{self._base}{suffix} {problem}; check it with `qwen2kit data verify`")
+
     def _read(self, descriptor: int, suffix: str, offset: int, count: int) -> bytes:
         try:
             data = os.pread(descriptor, count, offset)
         except OSError as error:
             raise DataError(f"{self._base}{suffix} cannot be read: {error.strerror}") from None
         if len(data) != count:
-            raise DataError(
-                f"{self._base}{suffix} ends too early; check it with `qwen2kit data verify`"
-            )
+            raise self.damage(suffix, "ends too early")
         return data
 
 
@@ -123,6 +132,7 @@ class ShardSet:
             for info in directory.index.shards
             if info.documents
         ]
+        self._vocab_size = tokenizer.vocab_size if tokenizer is not None else 1 << 31
         self._open: OrderedDict[int, Shard] = OrderedDict()
         self._lock = Lock()
 
@@ -136,7 +146,8 @@ class ShardSet:
             shard = self._open.get(number)
             if shard is None:
                 directory, info = self._places[number]
-                shard = self._open[number] = Shard(directory.path, info, directory.index.dtype)
+                dtype, vocab_size = directory.index.dtype, self._vocab_size
+                shard = self._open[number] = Shard(directory.path, info, dtype, vocab_size)
             self._open.move_to_end(number)
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)

@@ -177,7 +177,10 @@ class StreamedRows:
         for document in _flat(batches):
             if document is _EndOfEpoch:
                 if not seen:
-                    raise DataError("the data holds no document; check data.paths and data.format")
+                    paths = ", ".join(self._data.paths)
+                    raise DataError(
+                        f"the data holds no document ({paths}); check its paths and format"
+                    )
                 following = Place(epoch=place.epoch + 1)
                 if pieces:
                     yield self._lay_out(pieces, place, following)

@@ -35,6 +35,10 @@ class Documents(Protocol):
         ...
 
 
+class Disorder(Exception):
+    """Offsets do not follow each other."""
+
+
 def count_pairs(documents: Documents) -> int:
     """Pairs of input and label in all documents."""
     count = len(documents.offsets) - 1
@@ -53,11 +57,17 @@ def fill_window(
 
     Positions restart at 0 in every document and at the cut; documents are numbered on from the
     one left of ``column``.
+
+    Raises:
+        Disorder: the offsets around the pairs are damaged.
     """
     offsets, count = documents.offsets, last - first
     begin, end = document_at(offsets, first), document_at(offsets, last - 1)
     # Every document before the token's own has one token more than it has pairs.
     start, stop = first + begin, last + end + 1
+    around = offsets[begin : end + 2]
+    if not (around[0] <= start < stop <= around[-1] and (np.diff(around) > 0).all()):
+        raise Disorder
     tokens, supervised = documents.span(start, stop)
     keep = np.ones(len(tokens) - 1, dtype=np.bool_)
     keep[offsets[begin + 1 : end + 1] - 1 - start] = False  # the last of a document predicts none

@@ -308,6 +308,43 @@ def test_a_file_cut_off_while_training_is_an_error_not_a_crash(tmp_path: Path) -
         table.rows(0, range(table.rows_in(0)))
 
 
+def test_damage_met_while_training_is_named(tmp_path: Path) -> None:
+    """Sizes are right, contents are not: a flipped bit, a lost block."""
+    data = write_lines(tmp_path / "t.txt", sentences(40))
+    make_shards(data, tmp_path / "s", shard_bytes=10**6)
+    table = opener(seq_len=24).table(shards_of(tmp_path / "s"))
+    tokens = np.memmap(tmp_path / "s/00000.tokens", dtype="<u2", mode="r+")
+    good, tokens[30] = int(tokens[30]), TOKENIZER.vocab_size
+    with pytest.raises(DataError, match=rf"tokens holds the id {TOKENIZER.vocab_size}, which no"):
+        table.rows(0, range(table.rows_in(0)))
+    tokens[30] = good
+    table.rows(0, range(table.rows_in(0)))
+    offsets = np.memmap(tmp_path / "s/00000.offsets", dtype="<i8", mode="r+")
+    whole = offsets.copy()
+    for wrong in (np.zeros_like(whole), whole * -1):
+        offsets[20:] = wrong[20:]
+        with pytest.raises(DataError, match=r"00000\.offsets holds places that do not follow"):
+            table.rows(0, range(table.rows_in(0)))
+        with pytest.raises(DataError, match=r"00000\.offsets holds places that do not follow"):
+            opener(packing=False).table(shards_of(tmp_path / "s"))
+
+
+def test_an_index_of_other_types_is_damaged(documents: tuple[Path, list[str]]) -> None:
+    good = json.loads((documents[0] / "index.json").read_text(encoding="utf-8"))
+    shards = [good["shards"][0] | {"tokens": "x"}]
+    changes = (
+        {"dtype": "int8"},
+        {"task": 1},
+        {"made_from": []},
+        {"shards": shards},
+    )
+    for change in changes:
+        (documents[0] / "index.json").write_text(json.dumps(good | change), encoding="utf-8")
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            read_index(documents[0])
+    (documents[0] / "index.json").write_text(json.dumps(good), encoding="utf-8")
+
+
 def test_what_is_no_finished_directory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no token shards"):
         ShardSet([tmp_path], "pretrain", TOKENIZER)
