@@ -109,7 +109,8 @@ def verify(
             f"{directory / damages[0].file} {damages[0].problem}{more}; restore it or tokenise "
             "again into another directory"
         )
-    console().print(f"{len(index.shards)} shards are intact", markup=False)
+    count = len(index.shards)
+    console().print(f"{count} {'shard is' if count == 1 else 'shards are'} intact", markup=False)
 
 
 @data.command()

@@ -147,7 +147,10 @@ def _resumed(directory: Path, model: str | None, tasks: str, suite: str | None) 
 
     if model or tasks or suite:
         raise ConfigError("--resume repeats the run's own options; leave model and tasks out")
-    return read_job(directory), directory
+    job, results = read_job(directory), directory / "results.json"
+    if results.exists():
+        raise ConfigError(f"{directory} is finished, nothing to do; its scores are in {results}")
+    return job, directory
 
 
 def _run(job: Job, directory: Path) -> EvalResult | None:

@@ -56,7 +56,8 @@ def _in_directory(path: Path) -> Path:
             return directory
     if (path / "run.json").is_file():
         raise WeightError(
-            f"{path}: this run has no finished model; resume it with: qwen2kit train --resume"
+            f"{path}: this run has no finished model; resume it with: "
+            f"qwen2kit train --resume {path}"
         )
     ggufs = sorted(path.glob("*.gguf"))
     if len(ggufs) == 1:

@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_from_another_directory(tmp_path: Path) -> No
         assert agreement.same_answers
         assert agreement.max_dlogp < 1e-4  # the rest is batched otherwise, so rounds otherwise
     again = run_cli("eval", "--resume", run)
-    assert (again.returncode, "already exists" in again.stderr) == (2, True)
+    assert (again.returncode, "is finished, nothing to do" in again.stderr) == (2, True)
 
 
 def test_diff(runs: Path) -> None:
