@@ -72,7 +72,8 @@ def _load() -> None:
     except (ImportError, OSError) as error:
         raise BackendError(
             f"{PACKAGE} {version(PACKAGE)} is installed and does not load ({error}); "
-            "pip install --force-reinstall 'qwen2kit[hopper]', or set train.attention=\"sdpa\""
+            "pip install --force-reinstall 'nvidia-cutlass-dsl[cu13]' (the compiler it needs), "
+            'or set train.attention="sdpa"'
         ) from error
 
 
