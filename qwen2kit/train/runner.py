@@ -82,7 +82,7 @@ class Runner:
         self._backend = training_backend(config)
         self._phases = phases(config, origin.spec, processes.world)
         self._store = CheckpointStore(run_dir / CHECKPOINT_DIR, config.checkpoint.keep, processes)
-        self._provenance = freeze(config, self._backend.versions())
+        self._provenance = self._recorded = freeze(config, self._backend.versions())
         self._jsonl = JsonlSink(run_dir / METRICS_FILE)
         self._sinks = Sinks([self._jsonl] if self._first else [])
         self._trackers: list[Tracker] | None = None
@@ -97,6 +97,9 @@ class Runner:
             PeerError: another process reports the failure.
         """
         try:
+            if resuming:
+                # Until it has gone on, it is what it was: an attempt that fails changes no recipe.
+                self._recorded = read_run(self._run_dir)["provenance"]
             self._write("running")
             stopped = self._train(resuming)
             result = self._conclude(stopped)
@@ -118,6 +121,9 @@ class Runner:
         """All phases; the name of the signal that ended them, if one did."""
         with ExitStack() as stack:
             self._open(resuming)
+            if resuming:
+                self._recorded = self._provenance
+                self._write("running")
             if self._screen is not None:
                 stack.enter_context(self._screen)
             while True:
@@ -301,7 +307,7 @@ class Runner:
 
     def _write(self, status: str, **values: Any) -> None:
         if self._first:
-            write_run(self._run_dir, status, self._provenance, **values)
+            write_run(self._run_dir, status, self._recorded, **values)
 
     def _note(self, text: str) -> None:
         if self._console is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from qwen2kit.errors import BackendError, ConfigError, MissingExtra, TrainingError
+from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, TrainingError
 from qwen2kit.train import run, trackers
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.loop import Progress
@@ -126,6 +126,16 @@ def test_no_change_is_allowed_that_would_change_nothing(tmp_path: Path) -> None:
         )
     with pytest.raises(TrainingError, match="3 steps are done already, but the recipe now has 2"):
         run.resume(run_dir, config=tiny("train.steps=2"), allow_changes=True)
+
+
+def test_an_attempt_that_fails_does_not_change_the_recipe_of_the_run(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run.start(tiny("train.steps=2"), run_dir=run_dir)
+    with pytest.raises(DataError, match="do not fit seq_len=32"):
+        run.resume(run_dir, config=tiny("train.steps=4", "seq_len=32"), allow_changes=True)
+    assert run.recipe_of(run_dir) == tiny("train.steps=2")
+    assert run.resume(run_dir, config=tiny("train.steps=4"), allow_changes=True).step == 4
+    assert run.recipe_of(run_dir) == tiny("train.steps=4")
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
