@@ -27,13 +27,14 @@ from qwen2kit_torch.devices import resolve_device, resolve_dtype
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights, can_capture, join
 from qwen2kit_torch.model import Qwen2
-from qwen2kit_torch.prefill import logits_in_slices
 from qwen2kit_torch.quantized import BITS, can_read, quantize_layers
 from qwen2kit_torch.score import score
 from qwen2kit_torch.weights import export_weights, load_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+_LOGITS_AT_ONCE = 1 << 25
 
 
 class TorchModel:
@@ -99,8 +100,10 @@ class TorchModel:
         out = np.empty((len(tokens), self.spec.vocab_size), dtype=np.float32)
         with torch.inference_mode():
             hidden = self.module.forward_hidden(torch.tensor([tokens], device=self.device))[0]
-            for start, part in logits_in_slices(self.module, hidden):
-                out[start : start + len(part)] = part.cpu().numpy()
+            step = max(1, _LOGITS_AT_ONCE // self.spec.vocab_size)
+            for start in range(0, len(hidden), step):
+                part = self.module.head(hidden[start : start + step]).float()
+                out[start : start + step] = part.cpu().numpy()
         return out
 
     def hidden_states(self, tokens: TokenIds) -> NDArray[np.float32]:

@@ -13,10 +13,16 @@ from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.attention import Attend
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
-from qwen2kit_torch.engine.pieces import PackedAttend, PackedCache, Piece, passes, positions_of
+from qwen2kit_torch.engine.pieces import (
+    TOKENS_PER_PASS,
+    PackedAttend,
+    PackedCache,
+    Piece,
+    passes,
+    positions_of,
+)
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.model import Qwen2
-from qwen2kit_torch.prefill import TOKENS_PER_PASS
 
 
 class EagerSlots:

@@ -14,12 +14,11 @@ from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
-from qwen2kit_torch.engine.pieces import passes
+from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS, passes
 from qwen2kit_torch.engine.prompts import PromptPass
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
-from qwen2kit_torch.prefill import TOKENS_PER_PASS
 
 # Feeds of more tokens than this go through a pass of their own, unless all of them are few.
 _LONG = 8

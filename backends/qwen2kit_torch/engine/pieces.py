@@ -16,6 +16,8 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit_torch.attention import Visibility, visibilities
 from qwen2kit_torch.engine.storage import Storage
 
+TOKENS_PER_PASS = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
