@@ -48,6 +48,13 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert [name_of(page) for page in ROOT.glob("docs/*.md") if page not in linked] == []
 
 
+def test_every_result_is_explained() -> None:
+    folder = ROOT / "benchmarks/results"
+    text = (folder / "README.md").read_text()
+    figures = [file.name for file in folder.iterdir() if file.suffix in (".json", ".txt")]
+    assert [name for name in figures if name not in text] == []
+
+
 def _commands(page: Path) -> Iterator[list[str]]:
     """Words after ``qwen2kit`` of every command in the page's shell blocks."""
     for kind, text in _FENCE.findall(page.read_text()):
