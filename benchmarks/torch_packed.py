@@ -131,7 +131,7 @@ def scratches(weights: Any, rows: int, tile: Any) -> Any:
 
     key = (weights.shape, weights.bits, rows, tile)
     if key not in SCRATCH:
-        SCRATCH[key] = scratch_for([weights], rows, tile)
+        SCRATCH[key] = scratch_for([weights], rows, 2, tile)
     return SCRATCH[key]
 
 

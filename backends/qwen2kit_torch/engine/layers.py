@@ -58,7 +58,7 @@ class Layers:
         self._queries, self._mixed = values(width), values(width)
         self._wide = values(2 * spec.intermediate_size)
         self._gated = values(spec.intermediate_size)
-        self._scratch = scratch_for(_packed(weights), count)
+        self._scratch = scratch_for(_packed(weights), count, dtype.itemsize)
 
     def run_layers(self, attend: Attend) -> None:
         """All layers; the last one's addition to the residual stream is left to `final_norm`."""

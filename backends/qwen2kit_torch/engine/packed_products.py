@@ -33,13 +33,18 @@ class Scratch:
 
 
 def scratch_for(
-    matrices: list[Quantized], rows: int, tile: RowsTile | None = None
+    matrices: list[Quantized], rows: int, itemsize: int, tile: RowsTile | None = None
 ) -> Scratch | None:
-    """Enough for products of ``matrices`` with ``rows`` rows; None where none is needed."""
+    """Enough for every launch of products of ``matrices`` with ``rows`` rows of numbers of
+    ``itemsize`` bytes; None where none is needed."""
     if not matrices or rows > _EXPANDED:
         return None
-    rows = min(rows, MOST_ROWS)
-    tiles = [(matrix.shape[0], tile or _tile(matrix, rows)) for matrix in matrices]
+    launches = {some.stop - some.start for some in portions(rows)}
+    tiles = [
+        (matrix.shape[0], tile or _tile(matrix, count, itemsize))
+        for matrix in matrices
+        for count in launches
+    ]
     parts = [
         each.padded(height) * each.rows * each.splits if each.splits > 1 else 1
         for height, each in tiles
@@ -52,6 +57,11 @@ def scratch_for(
     )
 
 
+def portions(rows: int) -> list[slice]:
+    """The rows of each launch."""
+    return [slice(start, min(start + MOST_ROWS, rows)) for start in range(0, rows, MOST_ROWS)]
+
+
 def product(
     x: Tensor,
     matrix: Matrix,
@@ -62,8 +72,7 @@ def product(
     """``out = x @ matrix.T + bias`` for rows ``x`` ``[R, D]``."""
     if isinstance(matrix, Quantized):
         if len(x) <= _EXPANDED:
-            for start in range(0, len(x), MOST_ROWS):
-                some = slice(start, start + MOST_ROWS)
+            for some in portions(len(x)):
                 packed_rows(x[some], matrix, out[some], bias, scratch)
             return
         matrix = dequantize(matrix, x.dtype)
@@ -104,8 +113,8 @@ def packed_rows(
 ) -> None:
     """`product` of up to `MOST_ROWS` rows with codes; ``tile`` instead of the default."""
     height, width = matrix.shape
-    tile = tile or _tile(matrix, len(x))
-    scratch = scratch or scratch_for([matrix], len(x), tile)
+    tile = tile or _tile(matrix, len(x), x.itemsize)
+    scratch = scratch or scratch_for([matrix], len(x), x.itemsize, tile)
     assert scratch is not None
     packed.packed_rows[(tile.padded(height) // tile.block, tile.splits)](
         x, matrix.codes, matrix.steps, x if bias is None else bias, out,
@@ -115,6 +124,6 @@ def packed_rows(
     )  # fmt: skip
 
 
-def _tile(matrix: Quantized, rows: int) -> RowsTile:
+def _tile(matrix: Quantized, rows: int, itemsize: int) -> RowsTile:
     height, width = matrix.shape
-    return rows_tile(height, width, rows, matrix.bits, matrix.steps.dtype.itemsize)
+    return rows_tile(height, width, rows, matrix.bits, itemsize)

@@ -42,7 +42,7 @@ def test_numbers_of_16_bits_are_read_in_pairs(bits: int, group: int) -> None:
     matrix = quantize(torch.randn(40, 512).half(), bits=bits, group=group)
     x, out = torch.randn(3, 512).half(), torch.empty(3, 40).half()
     tile = RowsTile(rows=16, block=32, span=64, splits=3, warps=4, stages=2)
-    scratch = scratch_for([matrix], 3, tile)
+    scratch = scratch_for([matrix], 3, 2, tile)
     packed_rows(x, matrix, out, None, scratch, tile)
     expected = x.float() @ matrix.dense(torch.float16).float().t()
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=1e-3)

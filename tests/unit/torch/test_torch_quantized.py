@@ -137,3 +137,55 @@ def test_what_cannot_be_is_refused() -> None:
         ExecutionPlan(weight_bits=4, weight_group_size=48)
     with pytest.raises(ConfigError, match="for inference"):
         ExecutionPlan(weight_bits=4, train=TrainPlan())
+
+
+@pytest.mark.parametrize("name", ["qwen2-0.5b", "qwen2-7b", "qwen2-72b"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_launch_of_a_pass_stays_within_the_shared_scratch(
+    name: str, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    from qwen2kit.spec.presets import preset
+    from qwen2kit_torch.engine import packed_products
+    from qwen2kit_torch.quantized import Quantized
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Any:
+            def launch(*given: Any, num_warps: int) -> None:
+                parts, arrived, count, _, width, _, rows, block, span, splits = given[5:15]
+                launched.append(count)
+                assert count <= rows
+                assert width % span == 0
+                assert grid[1] == splits
+                assert grid[0] <= arrived.numel()
+                assert splits == 1 or grid[0] * block * rows * splits <= parts.numel()
+
+            return launch
+
+    launched: list[int] = []
+    monkeypatch.setattr(packed_products.packed, "packed_rows", Kernel())
+    spec = preset(name)
+    hidden, ffn, size = spec.hidden_size, spec.intermediate_size, spec.head_dim
+    heads = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * size
+    shapes = (heads, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)
+
+    def meta(*shape: int, dtype: Any = torch.bfloat16) -> Any:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    matrices = [
+        Quantized(
+            meta(height, width * bits // 32, dtype=torch.int32),
+            meta(height, width // 32, 2),
+            bits,
+            32,
+        )
+        for height, width in shapes
+    ]
+    for rows in range(1, 193):
+        scratch = packed_products.scratch_for(matrices, rows, 2)
+        launched.clear()
+        for matrix in matrices:
+            height, width = matrix.shape
+            x, out = meta(rows, width), meta(rows, height)
+            packed_products.product(x, matrix, out, scratch=scratch)
+        assert sum(launched) == rows * len(matrices)
