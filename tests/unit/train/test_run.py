@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, TrainingError
-from qwen2kit.train import run, trackers
+from qwen2kit.train import run, runner, trackers
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.loop import Progress
 from qwen2kit.train.metrics import JsonlSink
@@ -136,6 +137,22 @@ def test_an_attempt_that_fails_does_not_change_the_recipe_of_the_run(tmp_path: P
     assert run.recipe_of(run_dir) == tiny("train.steps=2")
     assert run.resume(run_dir, config=tiny("train.steps=4"), allow_changes=True).step == 4
     assert run.recipe_of(run_dir) == tiny("train.steps=4")
+
+
+def test_a_model_that_does_not_fit_the_disk_is_a_failed_run_that_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, config = tmp_path / "run", tiny("train.steps=2")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "export_model", full)
+        with pytest.raises(TrainingError, match=r"cannot write .*run/model: no space left on the"):
+            run.start(config, run_dir=run_dir)
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+    assert run.start_or_resume(config, run_dir).status == "finished"
 
 
 def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
