@@ -106,13 +106,16 @@ def least_memory(workload: Workload, cluster: Cluster) -> Prediction | None:
 
 
 def smallest_cluster(workload: Workload, cluster: Cluster) -> int | None:
-    """How many accelerators are enough, doubling their number; None if none are."""
-    gpus = cluster.gpus
+    """How many accelerators are enough, doubling their number (in whole nodes, where there are
+    several); None if none are."""
+    gpus, node = cluster.gpus, cluster.gpus_per_node
     while gpus <= LARGEST_CLUSTER:
         least = least_memory(workload, replace(cluster, gpus=gpus))
         if least is not None and least.fits:
             return gpus
         gpus *= 2
+        if gpus > node:
+            gpus = node * -(-gpus // node)
     return None
 
 

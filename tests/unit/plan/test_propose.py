@@ -91,6 +91,14 @@ def test_72b_needs_more_than_eight_h100() -> None:
     assert propose(step, cluster(32))
 
 
+@pytest.mark.parametrize(("gpus", "per_node"), [(3, 8), (7, 8), (4, 6)])
+def test_the_cluster_that_is_enough_is_one_of_whole_nodes(gpus: int, per_node: int) -> None:
+    step = workload("qwen2-72b", seq_len=4096, batch_rows=1536)
+    enough = smallest_cluster(step, cluster(gpus, gpus_per_node=per_node))
+    assert enough is not None
+    assert enough % per_node == 0
+
+
 def test_512_h100_train_72b_with_good_utilisation() -> None:
     (best, *_) = propose(workload("qwen2-72b", seq_len=4096, batch_rows=1024), cluster(512))
     assert best.workload.degrees.tp in (2, 4, 8)
