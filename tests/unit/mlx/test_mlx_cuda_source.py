@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from tests.unit.mlx.cuda_on_cpu import COMPILER, OnCPU  # noqa: E402
 from tests.unit.mlx.setup_mlx import PackedSource  # noqa: E402
 
 RNG = np.random.default_rng(5)
+SHAPES = [(4608, 3584), (37888, 3584), (3584, 18944), (1152, 896), (896, 4864), (151936, 896)]
 
 
 def normal(*shape: int) -> mx.array:
@@ -123,8 +125,7 @@ def test_formats_the_kernel_takes() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_tiles(bits: int) -> None:
     """Shared memory suffices without asking for more, and classes of rows have one kernel each."""
-    shapes = [(4608, 3584), (37888, 3584), (3584, 18944), (1152, 896), (896, 4864), (151936, 896)]
-    for out, width in shapes:
+    for out, width in SHAPES:
         chosen = [tiles(rows, out, width, bits) for rows in range(1, MOST + 1)]
         for first, last in ((1, 8), (9, 16), (17, 32), (33, MOST)):
             assert len(set(chosen[first - 1 : last])) == 1
@@ -250,17 +251,17 @@ def test_a_model_on_the_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 @pytest.mark.parametrize("bf16", [0, 1])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_nvrtc_takes_the_source(bits: int, bf16: int) -> None:
-    how = {"GROUP": "64", "TILES": "4", "ROWS": "2", "WARPS": "8", "AHEAD": "1"}
-    how |= {"PAIRED": "1", "BLOCKS": "2"}
-    try:
-        code = cubin(
-            PRIMITIVES + PRODUCT,
-            "sm_90",
-            how | {"NAME": "product", "BITS": str(bits), "BF16": str(bf16)},
-        )
-    except CompileError as error:
-        if "can be loaded" in str(error):
-            pytest.skip(str(error))
-        raise
-    assert code.startswith(b"\x7fELF")
+def test_nvrtc_takes_the_source_with_every_tile(bits: int, bf16: int) -> None:
+    every = {tiles(rows, *shape, bits) for rows in (1, 16, 32, 128) for shape in SHAPES}
+    for how, paired in itertools.product(every, (0, 1)):
+        macros = {"NAME": "product", "BITS": bits, "BF16": bf16, "GROUP": 64, "PAIRED": paired}
+        macros |= {"TILES": how.tokens, "ROWS": how.outputs, "WARPS": how.warps}
+        macros |= {"AHEAD": how.ahead, "BLOCKS": how.blocks}
+        given = {name: str(value) for name, value in macros.items()}
+        try:
+            code = cubin(PRIMITIVES + PRODUCT, "sm_90", given)
+        except CompileError as error:
+            if "can be loaded" in str(error):
+                pytest.skip(str(error))
+            raise
+        assert code.startswith(b"\x7fELF")
