@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -38,8 +38,7 @@ def answer(
     ids = loaded.tokenizer.encode_many(prompts)
     _check_room(loaded, ids, int(gen_kwargs["max_gen_toks"]))
     keys = log.text_keys(([prompt] for prompt in prompts), [dict(gen_kwargs), seed])
-    answers: list[str | None] = [log.find(key) for key in keys]
-    open_ = [index for index, known in enumerate(answers) if known is None]
+    answers, open_ = log.look_up(keys)
     how = decoding(loaded, gen_kwargs, default_max_tokens=1, seed=seed)
     asked = [Asked(tuple(ids[index]), how, stream=index) for index in open_]
     together = batch_size or together_by_default(loaded)
@@ -49,7 +48,7 @@ def answer(
             answers[index] = text
             log.add(keys[index], text)
             bar.update()
-    return cast(list[str], answers)
+    return answers
 
 
 def _check_room(loaded: LoadedModel, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:

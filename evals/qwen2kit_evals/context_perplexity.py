@@ -100,17 +100,13 @@ def _scores(
     loaded: LoadedModel, requests: Sequence[ScoreRequest], answers: RequestLog
 ) -> list[float]:
     keys = answers.score_keys(requests)
-    found: dict[int, float] = {}
-    for index, key in enumerate(keys):
-        if (known := answers.find(key)) is not None:
-            found[index] = float(known)
-    open_ = [index for index in range(len(requests)) if index not in found]
-    with tqdm(total=len(requests), initial=len(found), desc="Perplexity") as bar:
+    found, open_ = answers.look_up(keys)
+    with tqdm(total=len(keys), initial=len(keys) - len(open_), desc="Perplexity") as bar:
         for position, score in loaded.model.score([requests[index] for index in open_]):
             found[open_[position]] = score.logprob
             answers.add(keys[open_[position]], score.logprob)
             bar.update()
-    return [found[index] for index in range(len(requests))]
+    return found
 
 
 def _point(length: int, nlls: Sequence[float], stride: int, size: int) -> LengthPerplexity:

@@ -186,9 +186,8 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         self, doing: str, keys: Sequence[str], work: Work, tasks: Sequence[str], quiet: bool
     ) -> list[Any]:
         """The answer of every request, from the log or computed; None where there is none."""
-        answers = [self.log.find(key) for key in keys]
+        answers, open_ = self.log.look_up(keys)
         known = [index for index, answer in enumerate(answers) if answer is not None]
-        open_ = [index for index, answer in enumerate(answers) if answer is None]
         missing = cast(Work, [work[index] for index in open_])
         with Progress(f"{self.label}{doing}", tasks, known, disable=quiet) as progress:
             for place, answer in self._computed([keys[index] for index in open_], missing):

@@ -73,11 +73,12 @@ class RequestLog:
             for r in requests
         )
 
-    def find(self, key: str) -> Any:
-        """The answer to ``key``, or None."""
-        answer = self._answers.get(key)
-        self.reused += answer is not None
-        return answer
+    def look_up(self, keys: Sequence[str]) -> tuple[list[Any], list[int]]:
+        """The answer to every key, None where it is not known; and the places of those."""
+        answers = [self._answers.get(key) for key in keys]
+        unknown = [place for place, answer in enumerate(answers) if answer is None]
+        self.reused += len(keys) - len(unknown)
+        return answers, unknown
 
     def add(self, key: str, answer: Any) -> None:
         """Record an answer (JSON values); it survives the death of this process."""

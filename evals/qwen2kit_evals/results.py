@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,6 +110,13 @@ def sample_rows(logged: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for sample in logged
     ]
+
+
+def default_output(model: str, kind: str = "") -> Path:
+    """``eval-results/<kind>-<model>-<time>``."""
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name or "model").strip("-.") or "model"
+    named = f"{kind}-{name}" if kind else name
+    return Path("eval-results") / f"{named}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_output(directory: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,12 +165,6 @@ def run_tasks(
             **lm_eval_seeds(seed),
         )
     return report
-
-
-def default_output(model: str) -> Path:
-    """``eval-results/<model>-<time>``."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name or "model").strip("-.") or "model"
-    return Path("eval-results") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_numbers(limit: float | None, batch_size: int | None) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +18,9 @@ from qwen2kit.partial_file import write_text_atomically
 from qwen2kit_evals.provenance import model_provenance
 from qwen2kit_evals.request_log import FILE as LOG_FILE
 from qwen2kit_evals.request_log import RequestLog
-from qwen2kit_evals.results import plain
+from qwen2kit_evals.results import RUN_FILE, check_output, plain
 
-SETTINGS_FILE, SAMPLES_FILE, RESULTS_FILE = "run.json", "samples.jsonl", "results.json"
-_OURS = {SETTINGS_FILE, LOG_FILE}
+SAMPLES_FILE, RESULTS_FILE = "samples.jsonl", "results.json"
 
 
 class RunDirectory:
@@ -43,8 +40,8 @@ class RunDirectory:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         wanted = plain(settings)
-        _check_vacant(path)
-        before = path / SETTINGS_FILE
+        check_output(path)
+        before = path / RUN_FILE
         if before.is_file():
             _check_same(before, wanted)
         path.mkdir(parents=True, exist_ok=True)
@@ -68,21 +65,9 @@ class RunDirectory:
         )
 
 
-def default_directory(kind: str, model: str) -> Path:
-    """``eval-results/<kind>-<model>-<time>``."""
-    name = re.sub(r"[^\w.-]+", "-", Path(model).name or "model").strip("-.") or "model"
-    return Path("eval-results") / f"{kind}-{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
 def settings_of(kind: str, loaded: LoadedModel, **options: Any) -> dict[str, Any]:
     """Settings of a run of ``loaded``: what is measured, with which options, of which model."""
     return {"kind": kind, **options, "model": model_provenance(loaded)}
-
-
-def _check_vacant(path: Path) -> None:
-    present = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    if path.is_file() or RESULTS_FILE in present or (present and not present & _OURS):
-        raise ConfigError(f"--output {path} already exists; name a new directory")
 
 
 def _check_same(file: Path, wanted: Mapping[str, Any]) -> None:

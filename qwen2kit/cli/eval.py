@@ -96,7 +96,7 @@ def evaluate(
         if model is None:
             raise ConfigError("name a model: qwen2kit eval MODEL --tasks mmlu,gsm8k")
         from qwen2kit_evals.job import Job, absolute
-        from qwen2kit_evals.run import default_output
+        from qwen2kit_evals.results import default_output
 
         directory = output or default_output(model)
         job = Job(

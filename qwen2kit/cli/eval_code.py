@@ -62,7 +62,8 @@ def code(
     from qwen2kit_evals.code_eval import execution_notice
     from qwen2kit_evals.code_problems import read_problems
     from qwen2kit_evals.code_run import CodeOptions, run_problems, scores
-    from qwen2kit_evals.run_directory import RunDirectory, default_directory, settings_of
+    from qwen2kit_evals.results import default_output
+    from qwen2kit_evals.run_directory import RunDirectory, settings_of
 
     chosen = read_problems(problems)[:limit]
     options = CodeOptions(
@@ -74,7 +75,7 @@ def code(
         "code", loaded, problems=str(problems.resolve()), limit=limit, seconds=seconds,
         **asdict(options),
     )  # fmt: skip
-    with RunDirectory(output or default_directory("code", model), settings) as run:
+    with RunDirectory(output or default_output(model, "code"), settings) as run:
         rows = run_problems(loaded, chosen, runner, options, log=run.log, batch_size=batch_size)
         document: dict[str, Any] = {
             "scores": scores(rows, options.k),

@@ -56,7 +56,8 @@ def judge(
     other = None if baseline is None else read_answers(baseline)
     loaded = load(model, backend=backend, dtype=dtype, device=device, adapter=adapter)
     from qwen2kit_evals.judge.run import answer_questions, judge_answers, sample_rows, summary
-    from qwen2kit_evals.run_directory import RunDirectory, default_directory, settings_of
+    from qwen2kit_evals.results import default_output
+    from qwen2kit_evals.run_directory import RunDirectory, settings_of
 
     gen_kwargs: dict[str, Any] = {"until": [], "max_gen_toks": max_tokens, "do_sample": False}
     if temperature > 0:
@@ -66,7 +67,7 @@ def judge(
         baseline=None if baseline is None else str(baseline.resolve()), judge_url=judge_url,
         judge_model=judge_model, judge_max_tokens=judge_max_tokens,
     )  # fmt: skip
-    with RunDirectory(output or default_directory("judge", model), settings) as run:
+    with RunDirectory(output or default_output(model, "judge"), settings) as run:
         answers = answer_questions(loaded, asked, gen_kwargs, log=run.log, batch_size=batch_size)
         judgments = judge_answers(
             server, asked, answers, baseline=other, log=run.log, workers=judge_workers

@@ -57,7 +57,8 @@ def needle(
     from dataclasses import asdict
 
     from qwen2kit_evals.needle import Haystack, accuracies, grid, run_needles
-    from qwen2kit_evals.run_directory import RunDirectory, default_directory, settings_of
+    from qwen2kit_evals.results import default_output
+    from qwen2kit_evals.run_directory import RunDirectory, settings_of
 
     haystack = Haystack(text, loaded.tokenizer)
     cells = grid(*cells_wanted, repeats)
@@ -65,7 +66,7 @@ def needle(
         "needle", loaded, text=str(text.resolve()), lengths=cells_wanted[0],
         depths=cells_wanted[1], repeats=repeats, chat_template=chat_template, seed=seed,
     )  # fmt: skip
-    with RunDirectory(output or default_directory("needle", model), settings) as run:
+    with RunDirectory(output or default_output(model, "needle"), settings) as run:
         rows = run_needles(
             loaded, haystack, cells, chat=chat_template, seed=seed, batch_size=batch_size,
             log=run.log,
@@ -107,12 +108,13 @@ def perplexity(
     from dataclasses import asdict
 
     from qwen2kit_evals.context_perplexity import context_perplexity
-    from qwen2kit_evals.run_directory import RunDirectory, default_directory, settings_of
+    from qwen2kit_evals.results import default_output
+    from qwen2kit_evals.run_directory import RunDirectory, settings_of
 
     settings = settings_of(
         "perplexity", loaded, text=str(text.resolve()), lengths=wanted, stride=stride, blocks=blocks
     )
-    with RunDirectory(output or default_directory("perplexity", model), settings) as run:
+    with RunDirectory(output or default_output(model, "perplexity"), settings) as run:
         points = context_perplexity(
             loaded, text.read_text(encoding="utf-8", errors="replace"), wanted, stride=stride,
             blocks=blocks, answers=run.log,

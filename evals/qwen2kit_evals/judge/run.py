@@ -184,12 +184,8 @@ def _ask_all(
     server: JudgeServer, requests: Sequence[list[Message]], log: RequestLog, workers: int
 ) -> list[str]:
     keys = log.text_keys([[messages] for messages in requests], [server.model, server.max_tokens])
-    texts: dict[int, str] = {}
-    for index, key in enumerate(keys):
-        if (known := log.find(key)) is not None:
-            texts[index] = known
-    open_ = [index for index in range(len(requests)) if index not in texts]
-    bar = tqdm(total=len(requests), initial=len(texts), desc="Judging")
+    texts, open_ = log.look_up(keys)
+    bar = tqdm(total=len(keys), initial=len(keys) - len(open_), desc="Judging")
     with bar, ThreadPoolExecutor(workers) as pool:
         running = {pool.submit(server.ask, requests[index]): index for index in open_}
         try:
@@ -201,7 +197,7 @@ def _ask_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return [texts[index] for index in range(len(requests))]
+    return texts
 
 
 def _history(question: OpenQuestion, answers: Sequence[str]) -> list[Message]:

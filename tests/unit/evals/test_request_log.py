@@ -32,10 +32,10 @@ def test_answers_are_found_by_content(tmp_path: Path) -> None:
         log.add(keys[0], [-1.5, True])
     with RequestLog(tmp_path / FILE, "model") as log:
         again = log.score_keys(reversed(requests))
-        assert [log.find(key) for key in again] == [[-1.5, True], None, None]
+        assert log.look_up(again) == ([[-1.5, True], None, None], [1, 2])
         assert (log.reused, log.computed) == (1, 0)
     with RequestLog(tmp_path / FILE, "other model") as log:
-        assert [log.find(key) for key in log.score_keys(requests)] == [None] * 3
+        assert log.look_up(log.score_keys(requests)) == ([None] * 3, [0, 1, 2])
 
 
 def test_generation_keys_tell_settings_and_repeats_apart() -> None:
@@ -51,7 +51,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
     whole = json.dumps({"key": "a", "answer": "é"}, ensure_ascii=False) + "\n"
     path.write_text(whole + '{"key": "b", "ans')
     with RequestLog(path) as log:
-        assert (log.find("a"), log.find("b")) == ("é", None)
+        assert log.look_up(["a", "b"]) == (["é", None], [1])
         log.add("b", "x")
     assert path.read_text() == whole + '{"key": "b", "answer": "x"}\n'
 

@@ -12,8 +12,8 @@ import pytest
 from qwen2kit.errors import ConfigError, TokenizerError
 from qwen2kit_evals.metric_rows import metric_rows
 from qwen2kit_evals.provenance import file_digests
-from qwen2kit_evals.results import EvalResult, plain, write_results
-from qwen2kit_evals.run import default_output, evaluate
+from qwen2kit_evals.results import EvalResult, default_output, plain, write_results
+from qwen2kit_evals.run import evaluate
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
 from tests.unit.evals.reference_lm import load_reference
 
