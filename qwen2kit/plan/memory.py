@@ -94,7 +94,7 @@ def stage_memory(workload: Workload, stage: Stage) -> Memory:
 
 def in_flight(workload: Workload, stage: Stage) -> int:
     """Micro-batches whose activations a stage holds at once."""
-    if workload.degrees.schedule == "gpipe":
+    if workload.degrees.schedule == "gpipe" and stage.count > 1:
         return workload.micro_batches
     return min(stage.count - stage.index, workload.micro_batches)
 

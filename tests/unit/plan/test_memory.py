@@ -144,6 +144,8 @@ def test_1f1b_holds_fewer_micro_batches_at_later_stages() -> None:
     few = replace(step, batch_rows=2)
     assert [in_flight(few, stage) for stage in few.stages] == [2, 2, 2, 1]
     assert fullest(gpipe) > fullest(step)
+    alone = replace(step, plan=replace(step.plan, parallel=Degrees(schedule="gpipe")))
+    assert in_flight(alone, alone.stages[0]) == 1, "without a pipeline there is no schedule"
 
 
 @pytest.mark.parametrize("pp", [1, 2, 4, 7, 28])
