@@ -279,7 +279,8 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
             if room < 1:
                 raise ConfigError(
                     f"{how.sampling.max_new_tokens} tokens to generate leave no room for a prompt "
-                    f"in a context of {self.max_length}; lower max_gen_toks"
+                    f"in a context of {self.max_length}; take a model with a longer one, or lower "
+                    "the task's max_gen_toks"
                 )
             self.truncated += len(ids) > room
             # A stream of its own for every request: repeats of one prompt must differ.

@@ -74,11 +74,3 @@ def continued(peer: Any, prompt: list[int], new: int, **options: Any) -> list[in
     )
     found: list[int] = out[0, len(prompt) :].tolist()
     return found
-
-
-def tokens_of(events: Any) -> dict[int, list[int]]:
-    """Generated ids by prompt."""
-    found: dict[int, list[int]] = {}
-    for event in events:
-        found.setdefault(event.prompt, []).append(event.token)
-    return found
