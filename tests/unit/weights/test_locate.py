@@ -25,7 +25,7 @@ def test_directories_runs_and_gguf_files(tmp_path: Path) -> None:
     model = _touch(tmp_path / "m/config.json").parent
     assert locate(str(model)) == model
     run = _touch(tmp_path / "run/run.json").parent
-    with pytest.raises(WeightError, match="no finished model.*--resume .+"):
+    with pytest.raises(WeightError, match=r"no finished model.*--resume .+"):
         locate(str(run))
     _touch(run / "model/config.json")
     assert locate(str(run)) == run / "model"
