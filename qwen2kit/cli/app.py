@@ -52,6 +52,8 @@ app.add_typer(launch, name="launch")
 
 def main() -> None:
     """Run the CLI; every user-caused failure becomes one line and a non-zero exit."""
+    if sys.stdout is None:  # closed by the caller, who wants to hear nothing
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="qwen2kit", standalone_mode=False)
     except Qwen2KitError as error:

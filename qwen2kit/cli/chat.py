@@ -117,8 +117,10 @@ def chat(
 
 
 def _piped() -> str | None:
-    """All of stdin if it is a pipe or file, else None."""
-    if sys.stdin is None or sys.stdin.isatty():
+    """All of stdin if it is a pipe or file, None if it is a terminal."""
+    if sys.stdin is None:
+        raise ConfigError("stdin is closed; give --prompt, or run in a terminal")
+    if sys.stdin.isatty():
         return None
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
@@ -143,7 +145,7 @@ def _text(path: Path | None) -> str | None:
 
 
 def _answer_once(session: ChatSession, question: str, manner: Manner, json_output: bool) -> None:
-    from qwen2kit.cli.chat_turn import stream_answer, warn_about_controls
+    from qwen2kit.cli.chat_turn import run_tool, stream_answer, warn_about_controls
 
     warn_about_controls(session, question)
     if not json_output:
@@ -151,7 +153,7 @@ def _answer_once(session: ChatSession, question: str, manner: Manner, json_outpu
         return
     for piece in session.send(question):
         if not isinstance(piece, str) and manner.yes_tools:
-            piece.run()
+            run_tool(piece)
     answer = session.last
     assert answer is not None
     emit_json(

@@ -41,6 +41,9 @@ def converse(session: ChatSession, manner: Manner | None = None) -> None:
             except KeyboardInterrupt:
                 say("\n(/exit or Ctrl-D leaves)")
                 continue
+            except UnicodeDecodeError:
+                say("error: that line is not UTF-8 text")
+                continue
             if line.startswith("/"):
                 if not run_command(session, line):
                     return
@@ -87,10 +90,11 @@ def _line_history() -> Iterator[None]:
     """Line editing, with the lines of earlier chats; they are kept in the user's state folder."""
     try:
         import readline
-    except ImportError:
+
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
+    except (ImportError, RuntimeError):  # no such library, or a user without a home
         yield
         return
-    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state")
     path = state / "qwen2kit" / "chat_history"
     with suppress(OSError):
         readline.read_history_file(path)
@@ -123,7 +127,7 @@ def _tools(session: ChatSession, name: str) -> None:
     elif name:
         from qwen2kit.generate.tool_functions import load_tools
 
-        session.tools = load_tools(Path(name).expanduser())
+        session.tools = load_tools(_path(name))
     offered = ", ".join(tool.name for tool in session.tools)
     say(f"(tools: {offered})" if offered else "(no tools)")
 
@@ -134,7 +138,7 @@ def _save(session: ChatSession, name: str) -> None:
         return
     document = json.dumps(session.messages, ensure_ascii=False, indent=2) + "\n"
     try:
-        Path(name).expanduser().write_text(document, encoding="utf-8")
+        _path(name).write_text(document, encoding="utf-8")
     except OSError as error:
         say(f"error: cannot write {name}: {error.strerror}")
     else:
@@ -146,17 +150,22 @@ def _load(session: ChatSession, name: str) -> None:
         say("usage: /load FILE")
         return
     try:
-        messages = json.loads(Path(name).expanduser().read_text(encoding="utf-8"))
+        messages = json.loads(_path(name).read_text(encoding="utf-8"))
     except OSError as error:
         say(f"error: cannot read {name}: {error.strerror}")
         return
-    except ValueError:
+    except (ValueError, RecursionError):
         messages = None
     if not isinstance(messages, list):
         say(f"error: {name} holds no list of JSON messages, as /save writes it")
         return
     session.load(messages)
     say(f"(loaded {len(messages)} messages from {name})")
+
+
+def _path(name: str) -> Path:
+    """A file that the user names; ``~`` is their home, if they have one."""
+    return Path(os.path.expanduser(name))
 
 
 def _help(session: ChatSession, rest: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -50,7 +51,8 @@ def open_session(
     from qwen2kit.generate.tool_functions import load_tools
 
     Sampling(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[arg-type]
-    tools = [] if extras.tools is None else load_tools(extras.tools)
+    with redirect_stdout(sys.stderr):  # running the file may print
+        tools = [] if extras.tools is None else load_tools(extras.tools)
     schema = _schema(extras)
     screen = console()
     with screen.status(f"loading {model}"):

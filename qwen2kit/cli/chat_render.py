@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
+from qwen2kit.cli.output import write_text
+
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
     from rich.live import Live
@@ -35,8 +37,7 @@ class PlainScreen:
 
     def write(self, piece: str) -> None:
         """More text."""
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+        write_text(piece)
         self._written = True
 
     def pause(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,9 +65,15 @@ def decide(pending: PendingCall, manner: Manner) -> None:
     if not manner.yes_tools and not _asked(manner):
         say("[tool] not run" + ("" if sys.stdin.isatty() else "; --yes-tools allows it"))
         return
-    pending.run()
+    run_tool(pending)
     result = " ".join(pending.result.split())
     say(f"[tool] = {result if len(result) <= _LONGEST_RESULT else result[:_LONGEST_RESULT] + '…'}")
+
+
+def run_tool(pending: PendingCall) -> None:
+    """Call the function; what it prints goes to stderr, as stdout is for the answer."""
+    with redirect_stdout(sys.stderr):
+        pending.run()
 
 
 def spelled(pending: PendingCall) -> str:

@@ -44,9 +44,23 @@ def progress(label: str) -> Iterator[Callable[[str], None]]:
 
 
 def emit_json(document: Any) -> None:
-    """Write one JSON document to stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write one JSON document to stdout; letters that its encoding lacks are escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    if _shown(text) != text:
+        text = json.dumps(document, indent=2, allow_nan=False)
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def write_text(text: str) -> None:
+    """Write text to stdout at once; letters that its encoding lacks become question marks."""
+    sys.stdout.write(_shown(text))
+    sys.stdout.flush()
+
+
+def _shown(text: str) -> str:
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, errors="replace").decode(encoding)
 
 
 def fail(message: str, exit_code: int) -> None:

@@ -98,13 +98,15 @@ def parse_call(body: str) -> ToolCall | None:
     """The call in ``body``, a JSON object with ``name`` and ``arguments``; None if it is none.
 
     Line breaks inside strings are let pass, and arguments that are themselves JSON text are read:
-    models write both.
+    models write both. NaN, numbers too large and halves of characters are no JSON that could be
+    handed on.
     """
     try:
         found = json.loads(body, strict=False)
         arguments = found.get("arguments", {}) if isinstance(found, dict) else None
         if isinstance(arguments, str):
             arguments = json.loads(arguments, strict=False)
+        json.dumps([found, arguments], ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return None
     if not isinstance(arguments, dict) or not isinstance(found.get("name"), str):

@@ -39,7 +39,7 @@ class Tool:
 
     def run(self, arguments: Mapping[str, Any]) -> str:
         """The function's result as text for the model (JSON unless it is a string); what goes
-        wrong becomes text too."""
+        wrong becomes text too, leaving the interpreter (`sys.exit`) included."""
         from pydantic import ValidationError
 
         try:
@@ -49,11 +49,10 @@ class Tool:
             return f"error: wrong arguments: {'; '.join(reasons)}"
         try:
             result = self.function(**checked)
-        except Exception as error:  # the function is the user's and may raise anything
-            return f"error: {type(error).__name__}: {error}"
-        if isinstance(result, str):
-            return result
-        return json.dumps(result, ensure_ascii=False, default=str)
+            text = result if isinstance(result, str) else _json(result)
+        except (Exception, SystemExit) as error:  # the function is the user's
+            text = f"error: {_told(error)}"
+        return text.encode(errors="replace").decode()
 
 
 def load_tools(path: Path) -> list[Tool]:
@@ -68,9 +67,9 @@ def load_tools(path: Path) -> list[Tool]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the file is the user's and may raise anything
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path} does not run: {type(error).__name__}: {reason}") from None
+    except (Exception, SystemExit) as error:  # the file is the user's: it may raise anything
+        reason = " ".join(_told(error).split())
+        raise ConfigError(f"{path} does not run: {reason}") from None
     tools = [tool_of(function) for function in _functions(module)]
     if not tools:
         raise ConfigError(f"{path} defines no public function")
@@ -108,6 +107,20 @@ def tool_of(function: Callable[..., Any]) -> Tool:
         property_schema.pop("title", None)
     described_function = {"name": name, "description": about, "parameters": parameters}
     return Tool(name, {"type": "function", "function": described_function}, function, adapter)
+
+
+def _json(result: object) -> str:
+    """Raises TypeError or ValueError for what JSON has no room for."""
+    return json.dumps(result, ensure_ascii=False, default=str)
+
+
+def _told(error: BaseException) -> str:
+    """Kind and message of somebody else's exception, whose own text may fail too."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except Exception:
+        return kind
 
 
 def _functions(module: ModuleType) -> list[Callable[..., Any]]:

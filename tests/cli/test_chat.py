@@ -14,9 +14,10 @@ import pytest
 
 from qwen2kit.backend.registry import installed
 from qwen2kit.cli import chat_loop
-from qwen2kit.errors import BackendError
+from qwen2kit.cli.chat import _piped
+from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.tokenizer.chat_template import check_messages
-from tests.run_cli import ALL_THREADS, run_cli, run_json
+from tests.run_cli import run_cli, run_json
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -241,6 +242,31 @@ def test_lines_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         assert readline.get_history_item(1) == "what is GQA?"
 
 
+def test_strange_lines_and_files_do_not_end_the_loop(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "deep").write_text("[" * 100_000)
+    no_text = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    session = _converse(
+        monkeypatch, no_text, f"/load {tmp_path / 'deep'}", "/save ~nobody-here/x",
+        "/load ~nobody-here/x", "/tools ~nobody-here/x.py", "go on",
+    )  # fmt: skip
+    assert session.sent == ["go on"]
+    err = capsys.readouterr().err
+    for text in ("not UTF-8", "no list of JSON messages", "cannot write ~nobody", "not a Py"):
+        assert text in err
+
+
+def test_a_user_without_a_home_has_no_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    with chat_loop._line_history():
+        pass
+
+
 def test_loop_survives_interrupts_and_errors(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +278,12 @@ def test_loop_survives_interrupts_and_errors(
     assert out.out == "par\nanswer\n"
     assert "interrupted; the conversation goes on" in out.err
     assert "error: it broke" in out.err
+
+
+def test_a_closed_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ConfigError, match="stdin is closed; give --prompt"):
+        _piped()
 
 
 def test_ctrl_c_in_one_shot_mode_is_one_line(model_dir: Path, tmp_path: Path) -> None:
@@ -286,7 +318,7 @@ def test_real_model_writes_a_prime_test_and_stops(real_gguf: Path, backend: str)
     question = "Write a Python function is_prime(n). Reply with one code block and nothing else."
     document = run_json(
         "chat", real_gguf, "--backend", backend, "--prompt", question, "--greedy",
-        "--max-new-tokens", "400", timeout=280, env=ALL_THREADS,
+        "--max-new-tokens", "400", cold=True,
     )  # fmt: skip
     assert document["finish_reason"] == "stop"
     code = document["text"].split("```python")[1].split("```")[0]

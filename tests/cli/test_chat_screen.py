@@ -20,6 +20,7 @@ from rich.markdown import Markdown
 from qwen2kit.cli import chat, chat_turn
 from qwen2kit.cli.chat_render import MarkdownScreen, PlainScreen, block_end, interruptible
 from qwen2kit.cli.chat_turn import Manner, decide, meter, stream_answer, summary
+from qwen2kit.cli.output import emit_json
 from qwen2kit.generate.chat_answer import DECLINED, Answer, PendingCall
 from qwen2kit.generate.tool_calls import ToolCall
 from qwen2kit.generate.tool_functions import tool_of
@@ -175,6 +176,28 @@ def test_without_a_terminal_nothing_runs_unless_allowed(
     decide(pending, Manner(yes_tools=True))
     assert pending.result == "3"
     assert "= 3" in capsys.readouterr().err
+
+
+def test_letters_that_stdout_lacks_do_not_end_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    PlainScreen().write("é 你\n")
+    emit_json({"é": "你"})
+    shown, _, document = raw.getvalue().decode("latin-1").partition("\n")
+    assert shown == "é ?"
+    assert json.loads(document) == {"é": "你"}
+
+
+def test_what_a_tool_prints_is_not_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    def loud() -> str:
+        print("printed")
+        return "quiet"
+
+    pending = PendingCall(ToolCall("loud", {}), tool_of(loud))
+    decide(pending, Manner(yes_tools=True))
+    out = capsys.readouterr()
+    assert (out.out, pending.result) == ("", "quiet")
+    assert "printed" in out.err
 
 
 @pytest.mark.parametrize(("allowed", "result"), [(True, "3"), (False, DECLINED)])

@@ -57,6 +57,10 @@ def test_calls(text: str, said: str, calls: list[ToolCall]) -> None:
         '<tool_call>{"name": "f", "arguments": "no"}</tool_call>\n',
         '<tool_call>{"name": "unfinished',
         "</tool_call>",
+        '<tool_call>{"name": "f", "arguments": {"x": NaN}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"x": "\\ud800"}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "{\\"x\\": NaN}"}</tool_call>',
     ],
 )
 def test_other_text_is_kept_as_it_is(text: str) -> None:

@@ -95,6 +95,36 @@ def test_strings_stay_and_errors_are_told() -> None:
     assert tool.run({"json": "bad"}) == "error: RuntimeError: it\nbroke"
 
 
+class _Silent(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def _circle() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (_circle(), "error: ValueError: Circular"),
+        ({(1, 2): 3}, "error: TypeError: keys must be"),
+        (SystemExit(3), "error: SystemExit: 3"),
+        (_Silent(), "error: _Silent"),
+        ("half \ud800", "half ?"),
+    ],
+)
+def test_whatever_a_function_does_is_text_for_the_model(outcome: object, told: str) -> None:
+    def strange() -> Any:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    assert tool_of(strange).run({}).startswith(told)
+
+
 def test_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
@@ -122,6 +152,7 @@ def test_file(tmp_path: Path) -> None:
         ("def f(x: 'Nothing'): pass", "unknown type"),
         ("def f(:", "SyntaxError"),
         ("raise KeyError('a\\nb')", "does not run: KeyError"),
+        ("raise SystemExit(1)", "does not run: SystemExit"),
         ("x = 1", "no public function"),
     ],
 )
