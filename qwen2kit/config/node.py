@@ -12,8 +12,12 @@ T = TypeVar("T")
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def node(cls: type[T]) -> type[T]:
-    """Make ``cls`` frozen, slotted, keyword-only and strict about unknown keys."""
-    cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+    """Make ``cls`` frozen, slotted, keyword-only and strict about unknown keys; read from a recipe
+    it holds finite numbers only."""
+    cls.__pydantic_config__ = {  # type: ignore[attr-defined]
+        "extra": "forbid",
+        "allow_inf_nan": False,
+    }
     return dataclass(frozen=True, slots=True, kw_only=True)(cls)
 
 

@@ -129,7 +129,7 @@ class AdapterConfig:
         known = AdapterConfig.__dataclass_fields__["targets"].default
         check(
             (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
-            (self.alpha > 0, f"alpha must be positive, got {self.alpha}"),
+            (isfinite(self.alpha) and self.alpha > 0, f"alpha must be positive, got {self.alpha}"),
             (0 <= self.dropout < 1, f"dropout must be in [0, 1), got {self.dropout}"),
             (
                 bool(self.targets) and set(self.targets) <= set(known),
@@ -258,7 +258,10 @@ class LongConfig:
         check(
             (0 < self.fraction < 1, f"fraction must be between 0 and 1, got {self.fraction}"),
             (self.seq_len >= 2, f"seq_len must be at least 2, got {self.seq_len}"),
-            (self.rope_theta > 0, f"rope_theta must be positive, got {self.rope_theta}"),
+            (
+                isfinite(self.rope_theta) and self.rope_theta > 0,
+                f"rope_theta must be positive, got {self.rope_theta}",
+            ),
             *(
                 (value is None or value >= 1, f"{name} must be at least 1, got {value}")
                 for name in ("max_position_embeddings", "batch_rows", "micro_batch_rows")

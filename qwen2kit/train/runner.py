@@ -145,6 +145,9 @@ class Runner:
     def _open(self, resuming: bool) -> None:
         """Enter the next phase: of the newest checkpoint if ``resuming``, else the first."""
         going_on = self._session is not None
+        if resuming and self._config.adapter is not None:
+            # Before any checkpoint is read: none of them is to blame for what its base lacks.
+            self._enter(self._phases[0]).begin(initial_checkpoint(self._config.model))
         restored = self._store.restore(self._read) if resuming else None
         if restored is None:
             self._enter(self._phases[0])
@@ -181,8 +184,6 @@ class Runner:
 
     def _read(self, path: Path, state: dict[str, Any]) -> None:
         session = self._enter(following(self._phases, state["step"]))
-        if self._config.adapter is not None:
-            session.begin(initial_checkpoint(self._config.model))
         session.model.restore_state(path)
 
     def _begin(self) -> None:

@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, TrainingError
+from qwen2kit.config.load import load_recipe
+from qwen2kit.config.tree import RunConfig
+from qwen2kit.errors import (
+    BackendError,
+    ConfigError,
+    DataError,
+    MissingExtra,
+    TrainingError,
+    WeightError,
+)
 from qwen2kit.train import run, runner, trackers
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.loop import Progress
@@ -21,6 +30,7 @@ from qwen2kit.train.profiling import StepProfiler
 from qwen2kit.train.run_dir import fresh_directory
 from qwen2kit.train.session import Session
 from tests.parallel.runs import checkpoints, records, tiny
+from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytest.importorskip("torch")
 
@@ -137,6 +147,31 @@ def test_an_attempt_that_fails_does_not_change_the_recipe_of_the_run(tmp_path: P
     assert run.recipe_of(run_dir) == tiny("train.steps=2")
     assert run.resume(run_dir, config=tiny("train.steps=4"), allow_changes=True).step == 4
     assert run.recipe_of(run_dir) == tiny("train.steps=4")
+
+
+def test_a_missing_base_is_no_damage_of_a_checkpoint(tmp_path: Path) -> None:
+    run_dir, base, moved = (tmp_path / name for name in ("run", "base", "moved"))
+    write_tiny_checkpoint(base)
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "the cat"}]
+    (tmp_path / "c.jsonl").write_text(f"{json.dumps({'messages': chat})}\n" * 8)
+
+    def lora(*changes: str) -> RunConfig:
+        return load_recipe(
+            "lora",
+            [
+                f"model.checkpoint={base}", f"data.paths=['{tmp_path / 'c.jsonl'}']",
+                "data.format.kind=messages", "seq_len=64", "train.batch_rows=1",
+                "train.micro_batch_rows=1", "eval.fraction=0.0", "cpu_threads=1",
+                "logging.plot=false", *changes,
+            ],
+        )  # fmt: skip
+
+    run.start(lora("train.steps=1"), run_dir=run_dir)
+    base.rename(moved)
+    with pytest.raises(WeightError, match=r"^\S*base: no such file"):
+        run.resume(run_dir, config=lora("train.steps=2"), allow_changes=True)
+    config = lora("train.steps=2", f"model.checkpoint={moved}")
+    assert run.resume(run_dir, config=config, allow_changes=True).step == 2
 
 
 def test_a_model_that_does_not_fit_the_disk_is_a_failed_run_that_can_go_on(
