@@ -77,8 +77,8 @@ class TorchModel:
         """Fill every parameter, strictly. Raises WeightError if names or shapes do not fit."""
         self._joined = None
         report = load_weights(self.module, weights, device=self.device)
-        if self.plan.train is None and self.dtype == torch.float32 and self.device.type != "cuda":
-            self.module.anchor_keys()  # the kernels that decode on CUDA do not know of it
+        if self.plan.train is None and self.dtype == torch.float32:
+            self.module.anchor_keys()
         bits = self.plan.weight_bits
         if bits is None or self.device.type != "cpu" or can_read(bits, self.dtype):
             return report

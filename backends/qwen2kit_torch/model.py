@@ -322,11 +322,14 @@ class Qwen2(nn.Module):
         self._packed_head = None
         self._settled = False
 
+    def rope(self, length: int, device: torch.device, dtype: torch.dtype) -> Rope:
+        """The rotary tables of at least ``length`` positions, ``[>= length, C]`` each."""
+        tables: Rope = self.rotary.tables(length, device, dtype)
+        return (*tables, self.rotary.less_one(length, device, dtype)) if self.anchored else tables
+
     def _rope(self, positions: Tensor | None, start: int, length: int, like: Tensor) -> Rope:
         total = start + length
-        tables: Rope = self.rotary.tables(total, like.device, like.dtype)
-        if self.anchored:
-            tables = (*tables, self.rotary.less_one(total, like.device, like.dtype))
+        tables = self.rope(total, like.device, like.dtype)
         if positions is None:
             return tuple(table[start:total, None] for table in tables)
         return tuple(table[positions][:, :, None] for table in tables)

@@ -19,6 +19,7 @@ from qwen2kit_torch.engine.prompts import PromptPass
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
+from qwen2kit_torch.rope import Rope
 
 # Feeds of more tokens than this go through a pass of their own, unless all of them are few.
 _LONG = 8
@@ -115,17 +116,17 @@ class GraphSlots(EagerSlots):
         bucket = power_of_two(rows)
         step = self._steps.get(bucket)
         if step is None:
-            rope = self._model.rotary.tables(self.capacity, self._device, self._weights.norm.dtype)
             early = torch.version.hip is None
             early = early and torch.cuda.get_device_capability(self._device) >= (9, 0)
-            plain = Step(self._model.spec, self._weights, self._storage, bucket, rope, early=early)
+            plain = Step(
+                self._model.spec, self._weights, self._storage, bucket, self._rope(), early=early
+            )
             step = self._steps[bucket] = CapturedStep(plain, bucket, self._pool)
             self._pool = step.graph.pool()
         return step
 
-    def _rope(self) -> tuple[Tensor, Tensor]:
-        dtype = self._weights.norm.dtype
-        return self._model.rotary.tables(self.capacity, self._device, dtype)
+    def _rope(self) -> Rope:
+        return self._model.rope(self.capacity, self._device, self._weights.norm.dtype)
 
 
 def _divided(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:

@@ -31,6 +31,8 @@ class LayerWeights:
     Attributes:
         norm: ``[D]``, before attention.
         heads, heads_bias: q, k and v ``[W, D]`` and ``[W]``.
+        anchor: the keys' bias ``[K * C]`` where keys stand less their unrotated bias
+            (`qwen2kit_torch.rope.drifted`), and zeros stand for it in ``heads_bias``; else None.
         out: ``[D, H * C]``.
         mlp_norm: ``[D]``.
         gate_up: ``[2F, D]``, gates first.
@@ -41,6 +43,7 @@ class LayerWeights:
     norm: Tensor
     heads: Matrix
     heads_bias: Tensor
+    anchor: Tensor | None
     out: Matrix
     mlp_norm: Tensor
     gate_up: Matrix
@@ -116,10 +119,17 @@ def _join_layer(layer: nn.Module) -> LayerWeights:
     assert isinstance(layer, DecoderLayer)
     attention, mlp = layer.self_attn, layer.mlp
     heads, gate_up = _joints(layer)
+    bias = _joined([linear.bias for linear in heads if linear.bias is not None])
+    anchor = attention.k_proj.bias.detach() if attention.anchored else None
+    if anchor is not None:
+        start = attention.q_proj.out_features
+        bias = bias.clone()
+        bias[start : start + len(anchor)] = 0
     return LayerWeights(
         norm=layer.input_layernorm.weight.detach(),
         heads=_joined_matrix(heads),
-        heads_bias=_joined([linear.bias for linear in heads if linear.bias is not None]),
+        heads_bias=bias,
+        anchor=anchor,
         out=_joined_matrix([attention.o_proj]),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         gate_up=_joined_matrix(gate_up),

@@ -18,6 +18,7 @@ from qwen2kit_torch.engine.packed_products import product, scratch_for
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.quantized import Quantized
+from qwen2kit_torch.rope import Rope
 
 # Attention of layer ``n`` from rotated queries ``[R, H * C]`` into an equally shaped tensor.
 Attend = Callable[[int, Tensor, Tensor], None]
@@ -29,7 +30,7 @@ class Layers:
     Args:
         spec, weights, storage: the model and its slots.
         count: R.
-        rope: cosines and sign-folded sines ``[>= capacity, C]``, in the compute dtype.
+        rope: of the model, ``[>= capacity, C]`` each, in the compute dtype.
 
     Attributes:
         rows: int32 ``[3, R]``: token ids, slots (negative: none) and positions.
@@ -42,7 +43,7 @@ class Layers:
         weights: JoinedWeights,
         storage: Storage,
         count: int,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
     ) -> None:
         self._spec, self._weights, self._storage, self._rope = spec, weights, storage, rope
         self._r = count
@@ -83,9 +84,9 @@ class Layers:
         keys, values = self._storage.layers[index]
         heads = spec.num_attention_heads + 2 * spec.num_key_value_heads
         kernels.rotate_and_store[(self._r, heads)](
-            self._joint, *self._rope, self.rows[1], self.rows[2], self._queries, keys, values,
-            self._storage.capacity, spec.num_attention_heads, spec.num_key_value_heads,
-            spec.head_dim, num_warps=1,
+            self._joint, *self._turning(layer), self.rows[1], self.rows[2], self._queries, keys,
+            values, self._storage.capacity, spec.num_attention_heads, spec.num_key_value_heads,
+            spec.head_dim, layer.anchor is not None, num_warps=1,
         )  # fmt: skip
         attend(index, self._queries, self._mixed)
         product(self._mixed, layer.out, self._added, scratch=self._scratch)
@@ -94,6 +95,14 @@ class Layers:
         ffn = spec.intermediate_size
         kernels.silu_times[(self._r, triton.cdiv(ffn, 1024))](self._wide, self._gated, ffn, 1024)
         product(self._gated, layer.down, self._added, scratch=self._scratch)
+
+    def _turning(self, layer: LayerWeights) -> tuple[Tensor, ...]:
+        """Cosines, sines, cosines less one and anchor; the last two, where there are none, are
+        others that are not read."""
+        cos, sin = self._rope[:2]
+        if layer.anchor is None:
+            return cos, sin, cos, layer.heads_bias
+        return cos, sin, self._rope[2], layer.anchor
 
     def _norm(self, x: Tensor, added: Tensor | None, weight: Tensor, normed: Tensor) -> None:
         """``x += added``, then ``normed`` is its norm."""

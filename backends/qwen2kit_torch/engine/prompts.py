@@ -15,6 +15,7 @@ from qwen2kit_torch.engine.layers import Layers
 from qwen2kit_torch.engine.pieces import Piece
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import PromptTile, prompt_tile
+from qwen2kit_torch.rope import Rope
 
 
 class PromptPass(Layers):
@@ -32,7 +33,7 @@ class PromptPass(Layers):
         weights: JoinedWeights,
         storage: Storage,
         pieces: Sequence[Piece],
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         tile: PromptTile | None = None,
     ) -> None:
         super().__init__(spec, weights, storage, sum(len(p.tokens) for p in pieces), rope)

@@ -23,6 +23,7 @@ from qwen2kit_torch.engine.packed_products import operands
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import Tile, Tiles, packed_tile, power_of_two, tiles
 from qwen2kit_torch.quantized import Quantized
+from qwen2kit_torch.rope import Rope
 
 HISTORY = 32
 _PROGRAMS = 264
@@ -55,7 +56,7 @@ class Step(Layers):
         weights: JoinedWeights,
         storage: Storage,
         count: int,
-        rope: tuple[Tensor, Tensor],
+        rope: Rope,
         *,
         early: bool,
         tiling: Tiles | None = None,
@@ -123,10 +124,11 @@ class Step(Layers):
         keys, values = self._storage.layers[index]
         weights, form = operands(layer.heads)
         products.project_heads[(layer.heads.shape[0] // tile.rows,)](
-            self.x, layer.norm, *weights, layer.heads_bias, *self._rope, self.rows[1], self.rows[2],
-            self._queries, keys, values, self._storage.capacity, spec.rms_norm_eps,
-            spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim, spec.hidden_size,
-            tile.rows, tile.block, *form, **self._options(tile.warps),
+            self.x, layer.norm, *weights, layer.heads_bias, *self._turning(layer), self.rows[1],
+            self.rows[2], self._queries, keys, values, self._storage.capacity, spec.rms_norm_eps,
+            spec.num_attention_heads, spec.num_key_value_heads, spec.head_dim,
+            layer.anchor is not None, spec.hidden_size, tile.rows, tile.block, *form,
+            **self._options(tile.warps),
         )  # fmt: skip
 
     def add_out(self, layer: LayerWeights) -> None:

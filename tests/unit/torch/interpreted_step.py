@@ -6,7 +6,12 @@ import numpy as np
 import pytest
 
 from qwen2kit.backend.slots import Feed
-from tests.conftest import small_spec
+from qwen2kit.spec.model import RoPESpec
+from qwen2kit.spec.reference import ReferenceModel
+from qwen2kit.spec.schema import schema_by_name
+from qwen2kit.weights.source import MemorySource
+from qwen2kit.weights.tensor import from_float32
+from tests.conftest import random_weights, small_spec
 from tests.unit.torch.peers import SPECS, TOKENS, ours
 from tests.unit.torch.stepped import Stepped
 
@@ -25,13 +30,21 @@ KINDS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("tied", 1), ("window", 1), ("wide", 1), ("multi-head", 1), ("yarn", 2)]
+    ("name", "rows", "anchored"),
+    [
+        ("tied", 1, True),
+        ("window", 1, False),
+        ("wide", 1, False),
+        ("multi-head", 1, True),
+        ("yarn", 2, True),
+        ("untied", 2, False),
+    ],
 )
-def test_steps_continue_what_the_network_began(name: str, rows: int) -> None:
+def test_steps_continue_what_the_network_began(name: str, rows: int, anchored: bool) -> None:
     model = ours(KINDS[name])
     long = TOKENS * 5
     expected = model.logits(long)
-    slots = Stepped(model, 3, len(long), rows)
+    slots = Stepped(model, 3, len(long), rows, anchored=anchored)
     slots.eager.feed([Feed(2, 0, tuple(long[:70]))])
     for position in range(70, 72 if name == "tied" else 71):
         found = slots.run([(long[position], 2, position)])
@@ -41,6 +54,29 @@ def test_steps_continue_what_the_network_began(name: str, rows: int) -> None:
     # The network goes on from the keys that the step has stored.
     after = slots.eager.feed([Feed(2, position + 1, tuple(long[position + 1 :]))]).rows([0])
     np.testing.assert_allclose(after[0], expected[-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_large_key_biases_cost_anchored_keys_no_digits(rows: int) -> None:
+    """Biases of up to 200 in dimensions that turn slowly, as Qwen2 has them."""
+    spec = small_spec(num_hidden_layers=1, rope=RoPESpec(rope_theta=1e6))
+    tensors = {}
+    for name, value in ((name, random_weights(spec).read(name)) for name in schema_by_name(spec)):
+        values = value.float32()
+        if name.endswith("k_proj.bias"):
+            heads = values.reshape(-1, 2, 8)
+            heads[:, :, 6:] += np.random.default_rng(1).uniform(-200, 200, heads[:, :, 6:].shape)
+        tensors[name] = from_float32(values, "float32")
+    weights = MemorySource(tensors)
+    exact = ReferenceModel(spec, weights).logits(TOKENS)[-1]
+    gaps = []
+    for anchored in (True, False):
+        slots = Stepped(ours(spec, weights), 1, 32, rows, anchored=anchored)
+        slots.eager.feed([Feed(0, 0, tuple(TOKENS[:-1]))])
+        found = slots.run([(TOKENS[-1], 0, len(TOKENS) - 1)])[0]
+        gaps.append(np.abs(found - exact).max())
+    assert gaps[0] < 1e-5
+    assert gaps[0] < gaps[1] / 2
 
 
 def test_rows_of_one_slot_see_each_other_in_order_and_no_other_slot() -> None:
@@ -119,7 +155,7 @@ def test_prompts_in_pieces_are_what_the_network_makes_of_them(name: str) -> None
     model = ours(spec)
     cpu = torch.device("cpu")
     storage = Storage(spec, count=4, capacity=128, device=cpu, dtype=torch.float32)
-    rope = model.module.rotary.tables(128, cpu, torch.float32)
+    rope = model.module.rope(128, cpu, torch.float32)
     long, short = TOKENS * 5, TOKENS[::-1]
     passes = [
         [Piece(3, 0, tuple(long[:41]), 1), Piece(1, 0, tuple(short[:3]), 0)],

@@ -11,20 +11,27 @@ torch = pytest.importorskip("torch")
 
 
 class Stepped:
-    """Slots whose single tokens go through a `Step`, run without any graph."""
+    """Slots whose single tokens go through a `Step`, run without any graph.
 
-    def __init__(self, model: Any, count: int, capacity: int, rows: int) -> None:
+    Args:
+        model: loaded in float32.
+        count, capacity: of the slots.
+        rows: of the step.
+        anchored: whether keys stand less their bias, as in float32, or have it, as in 16 bits.
+    """
+
+    def __init__(
+        self, model: Any, count: int, capacity: int, rows: int, *, anchored: bool = True
+    ) -> None:
         from qwen2kit_torch.engine.eager import EagerSlots
         from qwen2kit_torch.engine.joined import join
         from qwen2kit_torch.engine.step import Step
 
-        for (
-            module
-        ) in model.module.modules():  # as on CUDA, where a network fills the kernels' cache
+        for module in model.module.modules():
             if hasattr(module, "anchored"):
-                module.anchored = False
+                module.anchored = anchored
         self.eager = EagerSlots(model.module, count=count, capacity=capacity)
-        rope = model.module.rotary.tables(capacity, torch.device("cpu"), torch.float32)
+        rope = model.module.rope(capacity, torch.device("cpu"), torch.float32)
         self.step = Step(
             model.spec, join(model.module), self.eager._storage, rows, rope, early=False
         )

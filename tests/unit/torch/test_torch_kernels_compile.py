@@ -57,13 +57,14 @@ def compile(kernel, warps=4, early=False, kinds={}, **constants):
     }
 
 heads = dict(HEADS=HEADS, KV_HEADS=KV_HEADS, SIZE=SIZE)
+turned = heads | dict(ANCHORED=False)
 split = heads | dict(WINDOW=0, SPLITS=16, SPREAD=2, BLOCK=64, GROUP=16)
 report = {}
 for bits, group, block, warps in ((0, 1, 1024, 2), (4, 64, 512, 2), (8, 64, 1024, 4)):
     form = dict(ROWS=4, BLOCK=block, BITS=bits, GROUP=group)
     kinds = {"weight": "*i32" if bits else "*bf16"}
     for kernel, more in (
-        (products.project_heads, heads | {"WIDTH": HIDDEN}),
+        (products.project_heads, turned | {"WIDTH": HIDDEN}),
         (products.add_product, dict(HEIGHT=HIDDEN, WIDTH=FFN)),
         (products.gate_up, dict(HEIGHT=FFN, WIDTH=HIDDEN)),
     ):
@@ -79,7 +80,15 @@ report["attend_tiles"] = compile(
 report["choose"] = compile(rows.choose, 16, True, ROWS=1, BLOCKS=4748, BLOCK=8192, STEPS=32)
 report["embed"] = compile(rows.embed, WIDTH=HIDDEN, BLOCK=1024, kinds={"step": "*i32"})
 report["add_and_norm"] = compile(rows.add_and_norm, ADDS=True, WIDTH=HIDDEN, BLOCK=1024)
-report["rotate_and_store"] = compile(rows.rotate_and_store, 1, **heads)
+report["rotate_and_store"] = compile(rows.rotate_and_store, 1, **turned)
+for kernel, more in (
+    (rows.rotate_and_store, {}),
+    (products.project_heads, dict(WIDTH=HIDDEN, ROWS=4, BLOCK=1024, BITS=0, GROUP=1)),
+):
+    wide = dict.fromkeys(set(kernel.arg_names) - set(KINDS), "*fp32")
+    report[f"anchored {kernel.__name__}"] = compile(
+        kernel, 1, "PDL" in kernel.arg_names, wide, **heads, **more, ANCHORED=True
+    )
 report["silu_times"] = compile(rows.silu_times, HEIGHT=FFN, BLOCK=1024)
 report["best_of_blocks"] = compile(
     rows.best_of_blocks, HEIGHT=VOCAB, BLOCKS=75, BLOCK=2048

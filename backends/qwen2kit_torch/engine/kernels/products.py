@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from qwen2kit_torch.engine.kernels.packed import first_codes, packed_products
+from qwen2kit_torch.engine.kernels.rows import drift
 
 
 @triton.jit
@@ -108,11 +109,11 @@ def _dense_products(
 
 @triton.jit
 def project_heads(
-    x, norm, weight, steps, bias, cos, sin, slots, positions, queries, keys, values,
+    x, norm, weight, steps, bias, cos, sin, less, anchor, slots, positions, queries, keys, values,
     capacity, eps,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
-    PDL: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ANCHORED: tl.constexpr,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BITS: tl.constexpr,
+    GROUP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Norm, joint q/k/v product with bias, rotation; keys and values go into the slot.
 
@@ -121,6 +122,8 @@ def project_heads(
         weight, bias: ``[(H + 2K) * C, D]`` and ``[(H + 2K) * C]``.
         steps: of weights in ``BITS`` (see `products`).
         cos, sin: tables ``[positions, C]``, the first half of ``sin`` negated.
+        less, anchor: if ``ANCHORED``, cosines less one and the keys' bias ``[K * C]``, which is
+            missing from ``bias`` (see `rows.drift`).
         slots, positions: int32 ``[1]``; nothing is kept in a negative slot.
         queries: out, ``[H * C]``, rotated.
         keys, values: out, ``[S, K, capacity, C]``.
@@ -168,6 +171,11 @@ def project_heads(
         turned = first * across - second * along
         second = second * across + first * along
         first = turned
+        if ANCHORED:  # noqa: SIM102 (settled when compiled)
+            if head >= HEADS:
+                add = anchor + (head - HEADS) * SIZE + place
+                more, other = drift(add, less + position * SIZE + place, along, HALF)
+                first, second = first + more, second + other
     if head < HEADS:
         at = queries + head * SIZE + place
         tl.store(at, first.to(dtype))

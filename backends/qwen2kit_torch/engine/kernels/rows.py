@@ -45,12 +45,21 @@ def add_and_norm(
 
 
 @triton.jit
+def drift(anchor, less, sin, HALF: tl.constexpr):
+    """What a rotation adds to both halves of ``anchor``; ``less`` is its cosines less one."""
+    first, second = tl.load(anchor).to(tl.float32), tl.load(anchor + HALF).to(tl.float32)
+    change = tl.load(less).to(tl.float32)
+    return first * change - second * sin, second * change + first * sin
+
+
+@triton.jit
 def rotate_and_store(
-    joint, cos, sin, slots, positions, queries, keys, values, capacity,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr,
+    joint, cos, sin, less, anchor, slots, positions, queries, keys, values, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ANCHORED: tl.constexpr,
 ):  # fmt: skip
     """Rotate queries and keys of ``joint`` ``[R, (H + 2K) * C]``; keys and values go into their
-    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. Grid (R, H + 2K)."""
+    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. If ``ANCHORED``, keys
+    get the `drift` of ``anchor`` ``[K * C]``. Grid (R, H + 2K)."""
     HALF: tl.constexpr = SIZE // 2
     row, head = tl.program_id(0), tl.program_id(1)
     place = tl.arange(0, HALF)
@@ -64,6 +73,11 @@ def rotate_and_store(
         turned = first * across - second * along
         second = second * across + first * along
         first = turned
+        if ANCHORED:  # noqa: SIM102 (settled when compiled)
+            if head >= HEADS:
+                add = anchor + (head - HEADS) * SIZE + place
+                more, other = drift(add, less + position * SIZE + place, along, HALF)
+                first, second = first + more, second + other
     dtype = queries.dtype.element_ty
     if head < HEADS:
         to = queries + (row * HEADS + head) * SIZE + place
