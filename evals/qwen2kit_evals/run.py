@@ -17,6 +17,7 @@ from qwen2kit_evals.code_eval import active, execution_notice, run_ahead, with_o
 from qwen2kit_evals.harness import Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
 from qwen2kit_evals.metric_rows import metric_rows
+from qwen2kit_evals.prompt_templates import compiled_once
 from qwen2kit_evals.provenance import answers_digest, model_provenance
 from qwen2kit_evals.quiet import quiet_lm_eval
 from qwen2kit_evals.request_log import FILE as LOG_FILE
@@ -25,7 +26,6 @@ from qwen2kit_evals.results import EvalResult, check_output, plain, sample_rows,
 from qwen2kit_evals.suite_tasks import SuiteSelection
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
 from qwen2kit_evals.team import Team
-from qwen2kit_evals.templates import compiled_once
 
 
 def evaluate(

@@ -74,8 +74,8 @@ def contamination(
     from contextlib import redirect_stdout
 
     from qwen2kit_evals.contamination import check_contamination, write_contamination
+    from qwen2kit_evals.question_texts import question_texts
     from qwen2kit_evals.tasks import select_tasks
-    from qwen2kit_evals.test_texts import test_texts
     from qwen2kit_evals.train_texts import train_texts
 
     if output.exists():
@@ -83,7 +83,7 @@ def contamination(
     texts = train_texts(train, tokenizer)
     with redirect_stdout(sys.stderr):
         selection = select_tasks([tasks], datasets=datasets, include_path=include_path)
-        found = check_contamination(texts, test_texts(selection))
+        found = check_contamination(texts, question_texts(selection))
     document = write_contamination(found, output, train=train)
     _print_contamination(found)
     console().print(f"written to {output}", markup=False)

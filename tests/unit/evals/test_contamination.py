@@ -17,9 +17,9 @@ from qwen2kit_evals.contamination import (
     read_contamination,
     write_contamination,
 )
+from qwen2kit_evals.question_texts import question_texts
 from qwen2kit_evals.stored_run import read_run
 from qwen2kit_evals.tasks import select_tasks
-from qwen2kit_evals.test_texts import test_texts as texts_of
 from qwen2kit_evals.train_texts import train_texts
 from tests.unit.evals.stored_runs import sample, write_run
 
@@ -70,7 +70,7 @@ def test_texts_are_question_and_answer(task_files: Path) -> None:
     selection = select_tasks(
         ["tiny_choice", "tiny_generate"], include_path=task_files, defaults=False
     )
-    texts = texts_of(selection)
+    texts = question_texts(selection)
     assert len(texts["tiny_choice"]) == len(texts["tiny_generate"]) == 8
     assert texts["tiny_choice"][1].split()[-6:] == ["mat", "and?", "dog", "on", "the", "mat"]
     assert texts["tiny_generate"][2].split() == ["sat", "on", "the", "mat", "and", "the?", "sat"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from lm_eval import utils
 
-from qwen2kit_evals.templates import compiled_once
+from qwen2kit_evals.prompt_templates import compiled_once
 
 TEMPLATE = "{{a}} {% if b %}and {{b[0]}}{% endif %}\n"
 DOCUMENTS = [{"a": 1, "b": ["x"]}, {"a": "é", "b": []}, {"a": 1, "b": ["x"]}]

@@ -10,7 +10,7 @@ from lm_eval.api.group import Group
 from qwen2kit_evals.tasks import TaskSelection
 
 
-def test_texts(selection: TaskSelection) -> dict[str, list[str]]:
+def question_texts(selection: TaskSelection) -> dict[str, list[str]]:
     """Per task, the question and its answer for every document lm-eval would score, in order."""
     return {
         task.config.task: [_text(task, doc) for doc in task.eval_docs]
