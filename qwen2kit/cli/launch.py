@@ -131,10 +131,14 @@ def _request(
 ) -> tuple[RunConfig, list[str]]:
     """The recipe, checked here rather than in the queue, and the arguments that train it."""
     from qwen2kit.config.load import load_recipe
-    from qwen2kit.train.setup import degrees
+    from qwen2kit.spec.presets import preset
+    from qwen2kit.train.phases import phases
+    from qwen2kit.train.setup import apply_overrides, degrees
 
     config = load_recipe(recipe, changes)
     degrees(config, processes)
+    if config.model.preset is not None:  # of a checkpoint this machine may know nothing
+        phases(config, apply_overrides(preset(config.model.preset), config.model), processes)
     source = Path(recipe)
     named = str(source.absolute()) if source.is_file() else recipe
     options = ["--run-dir", str(run_dir), "--auto-resume"]

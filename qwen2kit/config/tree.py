@@ -345,6 +345,12 @@ class RunConfig:
                 "a long phase is a share of train.steps: set them instead of train.epochs",
             ),
             (
+                self.logging.profile_steps is None
+                or self.train.steps is None
+                or self.logging.profile_steps[0] <= self.train.steps,
+                f"logging.profile_steps begins after the last step, {self.train.steps}",
+            ),
+            (
                 self.train.spike.kind != "rewind"
                 or bool(self.checkpoint.every or self.checkpoint.every_minutes),
                 "train.spike.kind = rewind needs checkpoints to go back to: set checkpoint.every",

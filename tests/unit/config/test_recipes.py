@@ -130,6 +130,7 @@ def test_all_errors_come_at_once_with_dotted_paths() -> None:
         ("model.checkpoint=abc", "a checkpoint's shape"),
         ("dtype=float16", "dtype should be"),
         ("name=a/b", "directory name"),
+        ("logging.profile_steps=[9999, 9999]", "profile_steps begins after the last step, 2200"),
         ("name.x=1", "not a table"),
         ("train.lr", "must look like"),
         ("=3", "must look like"),

@@ -185,6 +185,9 @@ def test_the_command_line_checks_the_recipe_and_prints_the_job() -> None:
         "8 processes cannot be divided by tp=3 = 3": (
             "slurm", "tiny", "parallel.tp=3", "--run-dir", "x", "--nodes", "8",
         ),
+        "tp=16 does not divide num_key_value_heads=2": (
+            "slurm", "pretrain", "parallel.tp=16", "--run-dir", "x", "--nodes", "16",
+        ),
         "train.lrr: unknown key": ("slurm", "tiny", "train.lrr=3", "--run-dir", "x"),
         "must lie under --mount": ("kubernetes", "tiny", "--run-dir", "/x", *pod),
     }.items():  # fmt: skip
