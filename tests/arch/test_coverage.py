@@ -16,13 +16,14 @@ FLOORS = {
     "parity": 26,
     "slurm": 4,
     "unit/adapters": 26,
+    "unit/backend": 7,
     "unit/bench": 8,
     "unit/chat": 22,
     "unit/config": 11,
     "unit/data": 78,
     "unit/engine": 63,
     "unit/evals": 159,
-    "unit/generate": 10,
+    "unit/generate": 40,
     "unit/launch": 6,
     "unit/mlx": 70,
     "unit/parity": 18,
@@ -32,7 +33,7 @@ FLOORS = {
     "unit/tokenizer": 65,
     "unit/torch": 110,
     "unit/train": 56,
-    "unit/weights": 95,
+    "unit/weights": 115,
 }
 
 

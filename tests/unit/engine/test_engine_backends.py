@@ -19,9 +19,9 @@ from qwen2kit.engine.prompt_lookup import PromptLookup
 from qwen2kit.engine.request import Request
 from qwen2kit.errors import BackendError, NonFiniteLogits
 from qwen2kit.generate.sampling import Sampling
+from tests.unit.backend.third_party_backend import NumpyBackend
 from tests.unit.engine.hash_model import EveryThird, HashModel, alone
 from tests.unit.engine.test_engine import Guesser
-from tests.unit.third_party_backend import NumpyBackend
 
 SPEC = replace(UNTIED, vocab_size=80)
 CAPACITY = 60

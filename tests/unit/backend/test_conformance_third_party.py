@@ -28,7 +28,7 @@ from qwen2kit.errors import BackendError, ConfigError
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights.source import MemorySource, WeightSource
 from qwen2kit.weights.tensor import HostTensor
-from tests.unit.third_party_backend import NumpyBackend, NumpyModel
+from tests.unit.backend.third_party_backend import NumpyBackend, NumpyModel
 
 BY_NAME = {case.name: case for case in CASES}
 APPLICABLE = [case for case in CASES if case.applies(NumpyBackend())]
@@ -47,8 +47,8 @@ def _registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-qwen2kit-numpy\nVersion: 1\n")
     (info / "entry_points.txt").write_text(
         "[qwen2kit.backends]\n"
-        "numpy = tests.unit.third_party_backend:NumpyBackend\n"
-        "old = tests.unit.test_conformance_third_party:OldBackend\n"
+        "numpy = tests.unit.backend.third_party_backend:NumpyBackend\n"
+        "old = tests.unit.backend.test_conformance_third_party:OldBackend\n"
         "gone = acme_module_that_is_not_there:Backend\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
