@@ -37,7 +37,7 @@ def test_the_tree_is_walked_completely() -> None:
 
 @pytest.mark.parametrize("node", NODES, ids=lambda node: node.__name__)
 def test_node_is_frozen_slotted_and_strict(node: type[Any]) -> None:
-    assert node.__pydantic_config__ == {"extra": "forbid"}
+    assert node.__pydantic_config__ == {"extra": "forbid", "allow_inf_nan": False}
     assert node.__dataclass_params__.frozen
     assert all(field.kw_only for field in fields(node))
     assert "__slots__" in vars(node)

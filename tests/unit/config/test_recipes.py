@@ -57,7 +57,7 @@ def test_every_node_refuses_unknown_keys_and_is_frozen() -> None:
         declared = {n for n, v in vars(module).items() if dataclasses.is_dataclass(v)}
         assert declared <= found.keys(), declared - found.keys()
     for name, cls in found.items():
-        assert cls.__pydantic_config__["extra"] == "forbid", name
+        assert cls.__pydantic_config__ == {"extra": "forbid", "allow_inf_nan": False}, name
         assert cls.__dataclass_params__.frozen, name
 
 
