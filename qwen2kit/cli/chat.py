@@ -21,8 +21,8 @@ from qwen2kit.cli.output import console, emit_json
 from qwen2kit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from qwen2kit.chat.session import ChatSession
     from qwen2kit.cli.chat_turn import Manner
-    from qwen2kit.generate.chat_session import ChatSession
 
 DEFAULT_MODEL = "Qwen/Qwen2-0.5B-Instruct"
 

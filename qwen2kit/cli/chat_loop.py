@@ -13,7 +13,7 @@ from qwen2kit.cli.chat_turn import Manner, say, stream_answer, warn_about_contro
 from qwen2kit.errors import Qwen2KitError
 
 if TYPE_CHECKING:
-    from qwen2kit.generate.chat_session import ChatSession
+    from qwen2kit.chat.session import ChatSession
 
 HELP = """\
 /reset         forget the conversation (the system prompt stays)
@@ -125,7 +125,7 @@ def _tools(session: ChatSession, name: str) -> None:
     if name == "off":
         session.tools = []
     elif name:
-        from qwen2kit.generate.tool_functions import load_tools
+        from qwen2kit.chat.tool_functions import load_tools
 
         session.tools = load_tools(_path(name))
     offered = ", ".join(tool.name for tool in session.tools)

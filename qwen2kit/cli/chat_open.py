@@ -15,8 +15,8 @@ from qwen2kit.errors import ConfigError
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.backend.plan import ExecutionPlan
+    from qwen2kit.chat.session import ChatSession
     from qwen2kit.engine.request import Constraint
-    from qwen2kit.generate.chat_session import ChatSession
 
 
 class Extras(NamedTuple):
@@ -46,9 +46,9 @@ def open_session(
             model is loaded.
     """
     from qwen2kit.backend.loading import load_model
-    from qwen2kit.generate.chat_session import ChatSession
+    from qwen2kit.chat.session import ChatSession
+    from qwen2kit.chat.tool_functions import load_tools
     from qwen2kit.generate.sampling import Sampling
-    from qwen2kit.generate.tool_functions import load_tools
 
     Sampling(**{key: value for key, value in sampling.items() if value is not None})  # type: ignore[arg-type]
     with redirect_stdout(sys.stderr):  # running the file may print

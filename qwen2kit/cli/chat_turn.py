@@ -9,15 +9,15 @@ from contextlib import closing, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from qwen2kit.chat.answer import PendingCall
 from qwen2kit.cli.chat_render import interruptible, open_screen
 from qwen2kit.cli.output import console
-from qwen2kit.generate.chat_answer import PendingCall
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from qwen2kit.generate.chat_answer import Answer
-    from qwen2kit.generate.chat_session import ChatSession
+    from qwen2kit.chat.answer import Answer
+    from qwen2kit.chat.session import ChatSession
 
 _METER = 12
 _LONGEST_RESULT = 200

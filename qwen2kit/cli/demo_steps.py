@@ -61,7 +61,7 @@ def load(directory: Path, backend: str) -> LoadedModel:
 
 def ask(loaded: LoadedModel, question: Question) -> dict[str, Any]:
     """One chat turn with a held-out question."""
-    from qwen2kit.generate.chat_session import ChatSession
+    from qwen2kit.chat.session import ChatSession
 
     session = ChatSession(loaded, max_new_tokens=32, temperature=0.0)
     list(session.send(question.messages[-1]["content"]))

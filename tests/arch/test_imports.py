@@ -38,7 +38,8 @@ def test_a_planted_violation_is_caught(tmp_path: Path) -> None:
         (tmp_path / package / "spec").mkdir(parents=True)
         (tmp_path / package / "__init__.py").touch()
         (tmp_path / package / "spec/__init__.py").touch()
-    for layer in ("backend", "data", "train", "generate", "cli", "config", "parity"):
+    layers = ("backend", "data", "train", "generate", "engine", "chat", "serve", "cli", "config")
+    for layer in (*layers, "parity"):
         (tmp_path / "qwen2kit" / f"{layer}.py").touch()
     text = (ROOT / "pyproject.toml").read_text()
     contracts = text[text.index("[tool.importlinter]") :]

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.markdown import Markdown
 
+from qwen2kit.chat.answer import DECLINED, Answer, PendingCall
+from qwen2kit.chat.tool_functions import tool_of
 from qwen2kit.cli import chat, chat_turn
 from qwen2kit.cli.chat_render import MarkdownScreen, PlainScreen, block_end, interruptible
 from qwen2kit.cli.chat_turn import Manner, decide, meter, stream_answer, summary
 from qwen2kit.cli.output import emit_json
-from qwen2kit.generate.chat_answer import DECLINED, Answer, PendingCall
 from qwen2kit.generate.tool_calls import ToolCall
-from qwen2kit.generate.tool_functions import tool_of
 
 TEXT = """\
 # Title

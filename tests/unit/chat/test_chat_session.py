@@ -10,10 +10,10 @@ import pytest
 from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport
+from qwen2kit.chat import engine as chat_engine
+from qwen2kit.chat.session import ChatSession
 from qwen2kit.engine.prompt_lookup import PromptLookup
 from qwen2kit.errors import BackendError, ConfigError, TokenizerError
-from qwen2kit.generate import chat_engine
-from qwen2kit.generate.chat_session import ChatSession
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.weights.checkpoint import open_checkpoint
 from tests.scripted_model import ScriptedModel

@@ -11,10 +11,10 @@ import pytest
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import LoadReport
+from qwen2kit.chat.answer import DECLINED, PendingCall
+from qwen2kit.chat.session import ChatSession
+from qwen2kit.chat.tool_functions import tool_of
 from qwen2kit.errors import ConfigError, TokenizerError
-from qwen2kit.generate.chat_answer import DECLINED, PendingCall
-from qwen2kit.generate.chat_session import ChatSession
-from qwen2kit.generate.tool_functions import tool_of
 from qwen2kit.tokenizer.families import family
 from qwen2kit.weights.checkpoint import open_checkpoint
 from tests.scripted_model import ScriptedModel

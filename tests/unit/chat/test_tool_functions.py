@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import pytest
 
+from qwen2kit.chat.tool_functions import load_tools, tool_of
 from qwen2kit.errors import ConfigError
-from qwen2kit.generate.tool_functions import load_tools, tool_of
 
 
 def weather(city: str, days: int = 3, unit: Literal["C", "F"] = "C") -> dict[str, Any]:

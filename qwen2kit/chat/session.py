@@ -7,17 +7,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
+from qwen2kit.chat.answer import DECLINED, Answer, PendingCall, Progress
+from qwen2kit.chat.engine import ChatEngine
 from qwen2kit.errors import ConfigError, Qwen2KitError
-from qwen2kit.generate.chat_answer import DECLINED, Answer, PendingCall, Progress
-from qwen2kit.generate.chat_engine import ChatEngine
 from qwen2kit.generate.tool_calls import ToolCall, ToolCallParser
 from qwen2kit.tokenizer.chat_template import Message, check_messages
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
+    from qwen2kit.chat.tool_functions import Tool
     from qwen2kit.engine.drafting import Drafter
     from qwen2kit.engine.request import Constraint
-    from qwen2kit.generate.tool_functions import Tool
 
 _MOST_ROUNDS: Final = 16
 """Answers with calls in one turn; a model that asks on and on is stopped."""

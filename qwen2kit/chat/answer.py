@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from qwen2kit.generate.tool_calls import ToolCall
 
 if TYPE_CHECKING:
+    from qwen2kit.chat.engine import Counts
+    from qwen2kit.chat.tool_functions import Tool
     from qwen2kit.engine.text import TextEvent
-    from qwen2kit.generate.chat_engine import Counts
-    from qwen2kit.generate.tool_functions import Tool
 
 FinishReason = Literal["stop", "length", "interrupted"]
 DECLINED = "error: the user does not allow this call"
