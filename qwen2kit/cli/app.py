@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Annotated
 
 import typer
 
+from qwen2kit import __version__
 from qwen2kit.cli.bench import bench
 from qwen2kit.cli.chat import chat
 from qwen2kit.cli.convert import convert
@@ -48,6 +50,22 @@ for _name, _command in (
 app.add_typer(evaluation, name="eval")
 app.add_typer(data, name="data")
 app.add_typer(launch, name="launch")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwen2kit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """What goes before a command's name."""
 
 
 def main() -> None:

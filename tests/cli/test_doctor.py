@@ -19,6 +19,11 @@ def test_versions_and_backends() -> None:
             assert backend["problem"]
 
 
+def test_version() -> None:
+    done = run_cli("--version")
+    assert (done.returncode, done.stdout) == (0, f"qwen2kit {version('qwen2kit')}\n")
+
+
 def test_hidden_frameworks_are_reported_with_their_remedy() -> None:
     document = run_json("doctor", hide="torch,mlx,lm_eval")
     for name in ("torch", "mlx"):
