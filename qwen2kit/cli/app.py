@@ -86,10 +86,11 @@ def main() -> None:
         _explain(error)
         raise
     except Exception as error:
-        explain = getattr(error, "format_message", None)  # typer's usage errors, whose base
-        if explain is None:  # class differs between versions of typer
+        said = getattr(error, "format_message", None)  # typer's usage errors, whose base
+        if said is None:  # class differs between versions of typer
             raise
-        fail(f"{explain()} (see qwen2kit --help)", 2)
+        command = getattr(getattr(error, "ctx", None), "command_path", "qwen2kit")
+        fail(f"{said()} (see {command} --help)", 2)
     else:
         _leave(code)
 

@@ -200,3 +200,11 @@ def test_help_needs_no_framework() -> None:
         done = run_cli(*args, hide="torch,mlx,transformers,lm_eval")
         assert done.returncode == 0, done.stderr
         assert "qwen2kit" in done.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["serve"], ["launch", "slurm"]], ids=" ".join)
+def test_a_wrong_option_names_the_help_of_its_command(words: list[str]) -> None:
+    done = run_cli(*words, "--nosuch")
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"(see {' '.join(['qwen2kit', *words])} --help)\n")
+    assert done.stderr.count("\n") == 1
