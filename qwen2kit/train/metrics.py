@@ -84,14 +84,23 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number == len(lines):
-                return
-            raise TrainingError(f"{path}, line {number} is not JSON") from None
+        record = _record(line)
+        if record is not None:
+            yield record
+        elif number < len(lines):
+            raise TrainingError(f"{path}, line {number} is damaged; remove that line")
+
+
+def _record(line: str) -> Record | None:
+    """What a line holds, if that is a record."""
+    try:
+        record = json.loads(line)
+        sound = isinstance(record["step"], int) and isinstance(record["event"], str)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if sound else None
 
 
 def _line(record: Record) -> str:

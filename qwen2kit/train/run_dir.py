@@ -24,6 +24,7 @@ from qwen2kit.partial_file import sync_directory, write_text_atomically
 from qwen2kit.spec.hf import from_hf_config, to_hf_config
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.train.setup import Origin, check_vocabulary
+from qwen2kit.weights.hf_layout import read_json
 
 SCHEMA_VERSION = 1
 RUN_FILE, METRICS_FILE, CURVE_FILE = "run.json", "metrics.jsonl", "loss.png"
@@ -153,7 +154,7 @@ def read_origin(run_dir: Path) -> Origin:
     """What `write_origin` stored.
 
     Raises:
-        ConfigError: it is not there.
+        ConfigError: it is not there, or damaged.
     """
     directory = run_dir / START_DIR
     path = directory / "config.json"
@@ -162,7 +163,7 @@ def read_origin(run_dir: Path) -> Origin:
             f"{directory} has no config.json: this run cannot be resumed (with several machines, "
             "the run directory must be on a file system that all of them share)"
         )
-    spec = from_hf_config(json.loads(path.read_text(encoding="utf-8")))
+    spec = from_hf_config(read_json(path))
     tokenizer = Tokenizer.from_dir(directory)
     check_vocabulary(spec, tokenizer)
     return Origin(spec, tokenizer)

@@ -150,6 +150,8 @@ class Runner:
             self._enter(self._phases[0]).begin(initial_checkpoint(self._config.model))
         restored = self._store.restore(self._read) if resuming else None
         if restored is None:
+            if resuming:
+                self._note(f"no checkpoint in {self._store.directory}: starting again from step 0")
             self._enter(self._phases[0])
             self._keep_records(-1)
             self._track(0)

@@ -228,7 +228,7 @@ def test_jsonl_survives_nan_crashes_and_resume(tmp_path: Path) -> None:
     assert [r["step"] for r in read_records(path)] == [1, 2]
     assert all(json.loads(line) for line in path.read_text().splitlines())
     path.write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(TrainingError, match="line 1 is not JSON"):
+    with pytest.raises(TrainingError, match="line 1 is damaged; remove that line"):
         list(read_records(path))
 
 

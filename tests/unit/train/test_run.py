@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from qwen2kit.config.load import load_recipe
 from qwen2kit.config.tree import RunConfig
@@ -101,6 +103,33 @@ def test_a_run_killed_after_its_last_step_evaluates_and_exports(tmp_path: Path) 
     again = run.start_or_resume(tiny("train.steps=3"), run_dir)
     assert (again.status, again.step, again.after) == ("finished", 3, first.after)
     assert (run_dir / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_damage_in_a_run_directory_is_named(tmp_path: Path) -> None:
+    run_dir, config = tmp_path / "run", tiny("train.steps=2")
+    run.start(tiny("train.steps=1"), run_dir=run_dir)
+    metrics, origin = run_dir / "metrics.jsonl", run_dir / "start" / "config.json"
+    good = metrics.read_bytes(), origin.read_bytes()
+    origin.write_bytes(good[1][:100])
+    with pytest.raises(ConfigError, match=r"start/config\.json: not valid JSON"):
+        run.resume(run_dir, config=config, allow_changes=True)
+    origin.write_bytes(good[1])
+    for line in (b"\xff{\n", b"{}\n", b"3\n", b'{"step": "x", "event": "step"}\n'):
+        metrics.write_bytes(line + good[0])
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl, line 1 is damaged; remove"):
+            run.resume(run_dir, config=config, allow_changes=True)
+    metrics.write_bytes(good[0] + b"\0\0\xff")  # the last block before a power failure
+    assert run.resume(run_dir, config=config, allow_changes=True).step == 2
+
+
+def test_starting_again_is_said(tmp_path: Path) -> None:
+    run.start(tiny("train.steps=1"), run_dir=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    screen = Console(file=io.StringIO(), width=200)
+    config = tiny("train.steps=2")
+    run.resume(tmp_path / "run", config=config, allow_changes=True, console=screen)
+    said = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "run/checkpoints: starting again from step 0" in said
 
 
 def test_a_directory_has_one_run_at_a_time(tmp_path: Path) -> None:
