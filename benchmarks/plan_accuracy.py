@@ -26,10 +26,10 @@ import contest
 
 from qwen2kit.backend.plan import ExecutionPlan, LoRAPlan, TrainPlan
 from qwen2kit.config.tree import AdapterConfig
+from qwen2kit.plan.communication import Cluster
 from qwen2kit.plan.degrees import Degrees
 from qwen2kit.plan.hardware import find_hardware
 from qwen2kit.plan.memory import CONTEXT, predict
-from qwen2kit.plan.time import Cluster
 from qwen2kit.plan.time import predict as predict_time
 from qwen2kit.plan.workload import Workload
 from qwen2kit.spec.presets import preset

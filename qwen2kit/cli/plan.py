@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from qwen2kit.plan.time import Cluster
+    from qwen2kit.plan.communication import Cluster
 
 _GIB = 2**30
 _STAGES_SHOWN = 8
@@ -67,8 +67,8 @@ def plan(
 
 def _cluster(gpu: str, gpus: int, gpus_per_node: int) -> Cluster:
     from qwen2kit.errors import ConfigError
+    from qwen2kit.plan.communication import Cluster
     from qwen2kit.plan.hardware import NAMES, find_hardware
-    from qwen2kit.plan.time import Cluster
 
     hardware = find_hardware(gpu)
     if hardware is None:

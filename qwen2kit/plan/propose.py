@@ -15,9 +15,10 @@ from typing import Final, get_args
 from qwen2kit.backend.plan import Recompute
 from qwen2kit.errors import ConfigError
 from qwen2kit.plan import memory, time
+from qwen2kit.plan.communication import Cluster
 from qwen2kit.plan.degrees import Degrees, check_degrees
 from qwen2kit.plan.memory import Memory
-from qwen2kit.plan.time import Cluster, StepTime
+from qwen2kit.plan.time import StepTime
 from qwen2kit.plan.workload import Workload
 
 HEADROOM: Final = 0.95

@@ -11,10 +11,10 @@ from qwen2kit.backend.plan import LoRAPlan
 from qwen2kit.config.tree import AdapterConfig
 from qwen2kit.errors import ConfigError
 from qwen2kit.plan import time
+from qwen2kit.plan.communication import Cluster
 from qwen2kit.plan.degrees import MESH_AXES, Degrees, check_degrees
 from qwen2kit.plan.propose import Prediction, least_memory, propose, reasons, smallest_cluster
 from qwen2kit.plan.recipe import Phase
-from qwen2kit.plan.time import Cluster
 from qwen2kit.plan.workload import Workload, trainable_parameters
 from qwen2kit.spec.counts import count_params
 

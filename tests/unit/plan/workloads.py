@@ -6,9 +6,9 @@ from typing import Any
 
 from qwen2kit.backend.plan import LoRAPlan, TrainPlan
 from qwen2kit.config.tree import AdapterConfig
+from qwen2kit.plan.communication import Cluster
 from qwen2kit.plan.degrees import Degrees
 from qwen2kit.plan.hardware import find_hardware
-from qwen2kit.plan.time import Cluster
 from qwen2kit.plan.workload import Workload
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.presets import preset
