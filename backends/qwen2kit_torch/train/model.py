@@ -36,7 +36,8 @@ from qwen2kit.spec.schema import EMBED_TOKENS
 from qwen2kit.weights.source import MemorySource, WeightSource
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.compiled import TorchModel
-from qwen2kit_torch.lora import dropout, export_factors, export_merged
+from qwen2kit_torch.lora import dropout
+from qwen2kit_torch.lora_weights import export_factors, export_merged
 from qwen2kit_torch.parallel.mesh import Mesh
 from qwen2kit_torch.parallel.pipeline import Pipeline
 from qwen2kit_torch.parallel.processes import connect

@@ -15,7 +15,12 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.schema import schema
 from qwen2kit.weights.match import check_fits
 from qwen2kit.weights.source import WeightSource
-from qwen2kit_torch.lora import initial_factors, load_base, load_factors, stored_tensors
+from qwen2kit_torch.lora_weights import (
+    initial_factors,
+    load_base,
+    load_factors,
+    stored_tensors,
+)
 from qwen2kit_torch.model import Qwen2
 from qwen2kit_torch.train.parameters import fill
 from qwen2kit_torch.weights import as_tensor

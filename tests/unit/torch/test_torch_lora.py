@@ -27,6 +27,8 @@ from qwen2kit_torch.lora import (  # noqa: E402
     LoRALinear,
     add_lora,
     dropout,
+)
+from qwen2kit_torch.lora_weights import (  # noqa: E402
     export_factors,
     initial_factors,
     load_base,

@@ -69,7 +69,12 @@ def test_resume_with_dropout_draws_the_same_masks(name: str, tmp_path: Path) -> 
 
 
 def test_the_device_holds_four_and_a_half_bits_a_weight() -> None:
-    from qwen2kit_torch.lora import add_lora, initial_factors, load_base, load_factors
+    from qwen2kit_torch.lora import add_lora
+    from qwen2kit_torch.lora_weights import (
+        initial_factors,
+        load_base,
+        load_factors,
+    )
     from qwen2kit_torch.model import Qwen2
 
     spec = small_spec(vocab_size=64, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4,
