@@ -159,3 +159,22 @@ def test_packed_products_are_those_of_the_expanded_matrix_whatever_the_other_row
         product(x[:rows], matrix, out)
         torch.testing.assert_close(out.float(), expected[:rows], atol=0.5, rtol=0.01)
     assert torch.equal(found[16][:2], found[2])  # the kernel is the same for up to 16
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_several_launches_share_scratch(bits: int) -> None:
+    """64 rows and then 20, whose ranges of inputs are more."""
+    from qwen2kit_torch.engine.packed_products import product, scratch_for
+    from qwen2kit_torch.quantized import quantize
+
+    torch.manual_seed(0)
+    weight = torch.randn(896, 4864, device="cuda", dtype=torch.bfloat16)
+    matrix = quantize(weight, bits=bits, group=64)
+    x = torch.randn(84, 4864, device="cuda").bfloat16()
+    scratch = scratch_for([matrix], 84, x.itemsize)
+    assert scratch is not None
+    out = torch.empty(84, 896, device="cuda", dtype=torch.bfloat16)
+    product(x, matrix, out, scratch=scratch)
+    expected = x.float() @ matrix.dense(torch.bfloat16).float().t()
+    torch.testing.assert_close(out.float(), expected, atol=0.5, rtol=0.01)
+    assert not scratch.arrived.any()
