@@ -49,6 +49,8 @@ def test_packed_products(kernels: CUDAKernels, name: str, bits: int, group: int)
     if dtype != mx.float32 and bits not in BITS:
         counts = counts[3:]  # fewer rows are MLX's, which adds up in 16 bits
     for width, out in WIDTHS:
+        if dtype == mx.float32 and width == group:
+            continue  # MLX's Hopper kernel takes rows of one group, and rounds to TF32
         packed = mx.quantize(normal(out, width, dtype=dtype) * 0.1, group, bits)
         exact = packed[0], *(part.astype(mx.float32) for part in packed[1:])
         dense = wide(mx.dequantize(*exact, group_size=group, bits=bits))
