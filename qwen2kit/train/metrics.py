@@ -35,9 +35,15 @@ class JsonlSink:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def keep_upto(self, step: int) -> None:
-        """Drop records beyond ``step``: what came after a checkpoint will happen again."""
+    def keep_upto(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop records beyond ``step``: what came after a checkpoint will happen again.
+
+        Args:
+            evaluated: false drops the evaluation of ``step`` as well.
+        """
         kept = [r for r in read_records(self.path) if r["step"] <= step]
+        if not evaluated:
+            kept = [r for r in kept if (r["event"], r["step"]) != ("eval", step)]
         write_text_atomically(self.path, "".join(_line(record) for record in kept))
 
     def write(self, record: Record) -> None:

@@ -316,8 +316,9 @@ class Runner:
         together(self._processes, write)
 
     def _keep_records(self, step: int) -> None:
+        """Those up to ``step``; at the end of the run all but its evaluation, which comes again."""
         if self._first:
-            self._jsonl.keep_upto(step)
+            self._jsonl.keep_upto(step, evaluated=not self.session.finished)
 
     def _write(self, status: str, **values: Any) -> None:
         if self._first:

@@ -102,6 +102,8 @@ def test_a_run_killed_after_its_last_step_evaluates_and_exports(tmp_path: Path) 
     (run_dir / "run.json").write_text(json.dumps(document | {"status": "running"}))
     again = run.start_or_resume(tiny("train.steps=3"), run_dir)
     assert (again.status, again.step, again.after) == ("finished", 3, first.after)
+    evals = [r["step"] for r in records(run_dir) if r["event"] == "eval"]
+    assert evals == [0, 3], "the last one is not there twice"
     assert (run_dir / "model" / "model.safetensors").read_bytes() == weights
 
 
