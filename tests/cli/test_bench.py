@@ -23,7 +23,7 @@ def backend() -> str:
 
 def test_random_weights(backend: str, tmp_path: Path) -> None:
     picture = tmp_path / "curves.png"
-    document = run_json("bench", "--random", "tiny", *SMALL, "--plot", picture)
+    document = run_json("bench", "--random", "tiny", *SMALL, "--plot", picture, cold=True)
     assert document["model"] == "tiny (random weights)"
     assert document["parameters"] == 509_568
     assert document["failures"] == []

@@ -32,7 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_prompt_pipe_and_json_agree(model_dir: Path) -> None:
     options = ("--max-new-tokens", "8", "--greedy")
-    shot = run_cli("chat", model_dir, "--prompt", "the cat", *options)
+    shot = run_cli("chat", model_dir, "--prompt", "the cat", *options, cold=True)
     piped = run_cli("chat", model_dir, *options, stdin="the cat\n")
     document = run_json("chat", model_dir, *options, stdin="the cat")
     assert shot.returncode == piped.returncode == 0, shot.stderr + piped.stderr

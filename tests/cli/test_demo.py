@@ -50,7 +50,7 @@ def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     document = run_json(
         "demo", "train.steps=3", "data.questions=1000", "eval.questions=12", "--dir", out,
-        timeout=300,
+        cold=True,
     )  # fmt: skip
     assert json.loads((out / "demo.json").read_text()) == document
     models = [(row["model"], row["backend"]) for row in document["scores"]]

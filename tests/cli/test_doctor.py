@@ -8,7 +8,7 @@ from tests.run_cli import run_cli, run_json
 
 
 def test_versions_and_backends() -> None:
-    document = run_json("doctor")
+    document = run_json("doctor", cold=True)
     assert document["packages"]["numpy"] == version("numpy")
     assert set(document["backends"]) >= {"torch", "mlx"}
     for backend in document["backends"].values():

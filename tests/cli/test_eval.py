@@ -37,7 +37,7 @@ def test_a_run_writes_its_results_and_prints_them(home: Path) -> None:
         "eval", home / "model", "--tasks", "tiny_choice,tiny_generate",
         "--include-path", home / "tasks", "--limit", "2", "--num-fewshot", "1",
         "--dtype", "float32", "--json",
-        cwd=home, env={"HF_DATASETS_CACHE": str(home / "cache")}, timeout=300,
+        cwd=home, env={"HF_DATASETS_CACHE": str(home / "cache")}, cold=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -81,7 +81,7 @@ def test_lm_evals_own_command_line(home: Path) -> None:
             "--model_args", f"pretrained={home / 'model'},dtype=float32,batch_size=2",
             "--tasks", "tiny_generate", "--include_path", str(home / "tasks"), "--limit", "2",
         ],
-        capture_output=True, text=True, timeout=300, check=False, cwd=home,
+        capture_output=True, text=True, timeout=900, check=False, cwd=home,
         env={**os.environ, **OFFLINE, "HF_DATASETS_CACHE": str(home / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -91,7 +91,7 @@ def test_lm_evals_own_command_line(home: Path) -> None:
 
 @pytest.mark.slow
 def test_unknown_tasks_come_with_close_ones(home: Path) -> None:
-    done = run_cli("eval", home / "model", "--tasks", "gsm8kk", timeout=300)
+    done = run_cli("eval", home / "model", "--tasks", "gsm8kk")
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown task 'gsm8kk'; did you mean gsm8k")
     assert done.stderr.count("\n") == 1

@@ -59,7 +59,7 @@ def test_an_interrupted_run_goes_on_from_another_directory(tmp_path: Path) -> No
 
     (tmp_path / "elsewhere").mkdir()
     cache = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    found = run_json("eval", "--resume", run, cwd=tmp_path / "elsewhere", env=cache, timeout=300)
+    found = run_json("eval", "--resume", run, cwd=tmp_path / "elsewhere", env=cache)
     counts = found["provenance"]["evaluation"]["requests"]
     assert counts == {"answered": len(lines) - 9, "from_log": 9}
     assert found["results"] == json.loads((tmp_path / "whole/results.json").read_text())["results"]

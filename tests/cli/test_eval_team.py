@@ -28,7 +28,7 @@ def evaluated(home: Path, output: str, *options: str) -> dict[str, object]:
     done = run_cli(
         "eval", home / "model", "--tasks", "tiny_choice,tiny_generate", "--backend", "torch",
         "--device", "cpu", "--include-path", home / "tasks", "--output", output, "--json", *options,
-        cwd=home, env={"HF_DATASETS_CACHE": str(home / "cache")}, timeout=300,
+        cwd=home, env={"HF_DATASETS_CACHE": str(home / "cache")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     document: dict[str, object] = json.loads(done.stdout)
@@ -62,7 +62,7 @@ def test_two_processes_score_as_one(home: Path) -> None:
 def test_a_failure_is_said_once_and_leaves_nothing(home: Path) -> None:
     done = run_cli(
         "eval", home / "model", "--tasks", "gsm8kk", "--backend", "torch", "--nproc", "2",
-        "--output", "three", cwd=home, timeout=300,
+        "--output", "three", cwd=home,
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: unknown task 'gsm8kk'; did you mean gsm8k")

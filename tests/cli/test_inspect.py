@@ -15,7 +15,7 @@ from tests.tiny_checkpoint import VOCAB, write_tiny_checkpoint
     [("qwen2-0.5b", 494_032_768, 12_288), ("Qwen2-7B", 7_615_616_512, 57_344)],
 )
 def test_preset(preset: str, total: int, kv_bytes: int) -> None:
-    document = run_json("inspect", preset)
+    document = run_json("inspect", preset, cold=True)
     assert document["parameters"]["total"] == total
     assert document["kv_bytes_per_token"]["bfloat16"] == kv_bytes
 

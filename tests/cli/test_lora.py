@@ -130,9 +130,7 @@ def test_qlora_learns_too(home: Path) -> None:
 
 
 def test_merging_writes_a_model_that_passes_verification(ready: Path, home: Path) -> None:
-    document = run_json(
-        "convert", home / "base", home / "merged", "--adapter", ready, "--verify", timeout=300
-    )
+    document = run_json("convert", home / "base", home / "merged", "--adapter", ready, "--verify")
     assert document["verify"]["passed"]
     assert document["verify"]["lossless"]
     assert document["adapter"] == str(ready)
@@ -173,7 +171,7 @@ def test_evaluation_says_which_adapter_it_scored(ready: Path, home: Path) -> Non
     done = run_cli("convert", home / "base", merged, "--adapter", ready)
     assert done.returncode == 0, done.stderr
     documents = [
-        run_json("eval", *model, *options, "--output", home / name, env=env, timeout=300)
+        run_json("eval", *model, *options, "--output", home / name, env=env)
         for name, model in (
             ("beside", (home / "base", "--adapter", ready)),
             ("whole", (merged,)),

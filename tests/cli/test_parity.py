@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qwen2kit.backend.registry import installed
-from tests.run_cli import ALL_THREADS, run_cli, run_json
+from tests.run_cli import run_cli, run_json
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -24,7 +24,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_all_implementations_agree(model_dir: Path) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("mlx_lm")
-    document = run_json("parity", model_dir, "--greedy", "16", "--max-tokens", "120")
+    document = run_json("parity", model_dir, "--greedy", "16", "--max-tokens", "120", cold=True)
     assert document["implementations"] == ["mlx", "torch", "mlx-lm", "transformers"]
     assert document["not_applicable"] == {}
     assert document["passed"]
@@ -50,7 +50,7 @@ def test_beyond_tolerance_is_exit_code_7(model_dir: Path) -> None:
 def test_backends_agree_on_the_real_model(real_gguf: Path) -> None:
     if set(installed()) < {"torch", "mlx"}:
         pytest.skip("needs both backends")
-    document = run_json("parity", real_gguf, "--greedy", "16", timeout=900, env=ALL_THREADS)
+    document = run_json("parity", real_gguf, "--greedy", "16", cold=True)
     assert document["passed"]
     assert set(document["not_applicable"]) == {"transformers", "mlx-lm"}
     (pair,) = document["pairs"]

@@ -81,7 +81,7 @@ def test_tables_are_for_people() -> None:
 
 
 def test_recipe_counting_epochs_has_no_days() -> None:
-    document = run_json("plan", "sft", "--gpus", 8)
+    document = run_json("plan", "sft", "--gpus", 8, cold=True)
     assert document["days"] is None
     assert run_json("plan", "sft", "--gpus", 8, "--tokens", "1e9")["days"] > 0
 

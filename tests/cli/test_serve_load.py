@@ -27,7 +27,7 @@ def test_fifty_streaming_clients(tmp_path: Path) -> None:
             "--seconds", "6", "--words", "12", "--new", "4,32",
             "--output", str(tmp_path / "load.json"), "--", "--slots", "16",
         ],
-        capture_output=True, text=True, timeout=180, check=False,
+        capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "load.json").read_text())

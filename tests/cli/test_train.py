@@ -33,7 +33,7 @@ SMALL = (
 
 
 def train(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return run_cli("train", *args, env={"OMP_NUM_THREADS": "1"}, **options)
+    return run_cli("train", *args, **options)
 
 
 def refusal(*args: str | Path) -> str:
@@ -57,7 +57,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("train") / "run"
     done = train(
         "tiny", *SMALL, "train.steps=8", "checkpoint.every=3", "checkpoint.keep=3",
-        "--run-dir", path, "--json",
+        "--run-dir", path, "--json", cold=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
