@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from qwen2kit_torch.engine.kernels.packed import first_codes, packed_products
-from qwen2kit_torch.engine.kernels.rows import drift
+from qwen2kit_torch.engine.kernels.rows import rotated
 
 
 @triton.jit
@@ -165,17 +165,10 @@ def project_heads(
     place = begin + tl.arange(0, PAIRS)
     position = tl.load(positions)
     slot = tl.load(slots)
-    if head < HEADS + KV_HEADS:
-        across = tl.load(cos + position * SIZE + place).to(tl.float32)
-        along = tl.load(sin + position * SIZE + HALF + place).to(tl.float32)
-        turned = first * across - second * along
-        second = second * across + first * along
-        first = turned
-        if ANCHORED:  # noqa: SIM102 (settled when compiled)
-            if head >= HEADS:
-                add = anchor + (head - HEADS) * SIZE + place
-                more, other = drift(add, less + position * SIZE + place, along, HALF)
-                first, second = first + more, second + other
+    first, second = rotated(
+        first, second, head, position, place, cos, sin, less, anchor,
+        HEADS, KV_HEADS, SIZE, ANCHORED,
+    )  # fmt: skip
     if head < HEADS:
         at = queries + head * SIZE + place
         tl.store(at, first.to(dtype))

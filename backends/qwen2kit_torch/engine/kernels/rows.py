@@ -53,20 +53,13 @@ def drift(anchor, less, sin, HALF: tl.constexpr):
 
 
 @triton.jit
-def rotate_and_store(
-    joint, cos, sin, less, anchor, slots, positions, queries, keys, values, capacity,
+def rotated(
+    first, second, head, position, place, cos, sin, less, anchor,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ANCHORED: tl.constexpr,
 ):  # fmt: skip
-    """Rotate queries and keys of ``joint`` ``[R, (H + 2K) * C]``; keys and values go into their
-    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. If ``ANCHORED``, keys
-    get the `drift` of ``anchor`` ``[K * C]``. Grid (R, H + 2K)."""
+    """Columns ``place`` of both halves of a query or key after its rotation; values stay. If
+    ``ANCHORED``, keys get the `drift` of ``anchor`` ``[K * C]``."""
     HALF: tl.constexpr = SIZE // 2
-    row, head = tl.program_id(0), tl.program_id(1)
-    place = tl.arange(0, HALF)
-    slot = tl.load(slots + row)
-    position = tl.load(positions + row)
-    at = joint + (row * (HEADS + 2 * KV_HEADS) + head) * SIZE + place
-    first, second = tl.load(at).to(tl.float32), tl.load(at + HALF).to(tl.float32)
     if head < HEADS + KV_HEADS:
         across = tl.load(cos + position * SIZE + place).to(tl.float32)
         along = tl.load(sin + position * SIZE + HALF + place).to(tl.float32)
@@ -78,6 +71,28 @@ def rotate_and_store(
                 add = anchor + (head - HEADS) * SIZE + place
                 more, other = drift(add, less + position * SIZE + place, along, HALF)
                 first, second = first + more, second + other
+    return first, second
+
+
+@triton.jit
+def rotate_and_store(
+    joint, cos, sin, less, anchor, slots, positions, queries, keys, values, capacity,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, SIZE: tl.constexpr, ANCHORED: tl.constexpr,
+):  # fmt: skip
+    """Rotate queries and keys of ``joint`` ``[R, (H + 2K) * C]``; keys and values go into their
+    slots, queries into ``[R, H * C]``. Rows of negative slots are skipped. For ``less`` and
+    ``anchor`` see `rotated`. Grid (R, H + 2K)."""
+    HALF: tl.constexpr = SIZE // 2
+    row, head = tl.program_id(0), tl.program_id(1)
+    place = tl.arange(0, HALF)
+    slot = tl.load(slots + row)
+    position = tl.load(positions + row)
+    at = joint + (row * (HEADS + 2 * KV_HEADS) + head) * SIZE + place
+    first, second = tl.load(at).to(tl.float32), tl.load(at + HALF).to(tl.float32)
+    first, second = rotated(
+        first, second, head, position, place, cos, sin, less, anchor,
+        HEADS, KV_HEADS, SIZE, ANCHORED,
+    )  # fmt: skip
     dtype = queries.dtype.element_ty
     if head < HEADS:
         to = queries + (row * HEADS + head) * SIZE + place
