@@ -31,6 +31,8 @@ SHORTEST_PIECE: Final = 4096
 """Tokens of a row that context parallelism leaves each process at least; shorter products and
 attention are slower than this model of time knows."""
 
+SHOWN: Final = 5
+
 LARGEST_CLUSTER: Final = 8192
 """Accelerators up to which `smallest_cluster` looks."""
 
@@ -69,8 +71,8 @@ class Prediction:
         return self.needs <= HEADROOM * self.cluster.hardware.memory_bytes
 
 
-def propose(workload: Workload, cluster: Cluster, count: int = 5) -> tuple[Prediction, ...]:
-    """The fastest predictions that fit, best first, at most one per mesh.
+def propose(workload: Workload, cluster: Cluster) -> tuple[Prediction, ...]:
+    """The `SHOWN` fastest predictions that fit, best first, at most one per mesh.
 
     Degrees, micro-batch size and recomputation of ``workload`` are ignored. Empty if nothing
     fits.
@@ -80,7 +82,7 @@ def propose(workload: Workload, cluster: Cluster, count: int = 5) -> tuple[Predi
         for degrees in meshes(workload, cluster)
         if (fitting := list(_fitting(workload, cluster, degrees)))
     ]
-    return tuple(sorted(best, key=_cost)[:count])
+    return tuple(sorted(best, key=_cost)[:SHOWN])
 
 
 def meshes(workload: Workload, cluster: Cluster) -> Iterator[Degrees]:
