@@ -6,7 +6,7 @@ import ast
 
 import pytest
 
-from tests.arch.source_tree import ROOT, functions, parse
+from tests.arch.source_tree import PACKAGES, ROOT, functions, parse
 
 # Test functions, each often parametrised. Raise a floor when a folder grows.
 FLOORS = {
@@ -48,6 +48,12 @@ def count(folder: str) -> int:
 @pytest.mark.parametrize("folder", FLOORS)
 def test_folder_has_its_tests(folder: str) -> None:
     assert count(folder) >= FLOORS[folder]
+
+
+def test_unit_tests_mirror_the_packages() -> None:
+    layers = {item.parent.name for item in PACKAGES["qwen2kit"].glob("*/__init__.py")}
+    entries = {item.name for item in (ROOT / "tests/unit").iterdir()} - {"__pycache__"}
+    assert entries <= layers | {"torch", "mlx", "evals"}
 
 
 def test_no_test_can_pass_without_asserting() -> None:
