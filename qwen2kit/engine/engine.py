@@ -172,9 +172,10 @@ class Engine:
         slots.restore(slot, tensors)
         self._table.put(slot, tokens, self.stats.steps)
 
-    def lend(self, tokens: Tokens[int]) -> int | None:
-        """An empty slot in which somebody else will run ``tokens`` (`feed_lent`) between the
-        steps, until `take_back`; None while all are taken.
+    def lend(self, tokens: Tokens[int], most: int = 0) -> Place | None:
+        """A slot in which somebody else will run ``tokens`` (`feed_lent`) between the steps, until
+        `take_back`. It holds `Place.keep` of them already, ``most`` at most. None while all are
+        taken, or while one reads a prompt that begins alike.
 
         Raises:
             BackendError: the tokens are none, too many, or foreign.
@@ -183,14 +184,15 @@ class Engine:
         if not self._table.free:
             return None
         self._stop_running_ahead()
-        slot = self._table.lend()
-        self._mend(slot)
-        return slot
+        place = self._table.lend(tokens, most)
+        if place is not None:
+            self._prepare(place)
+        return place
 
-    def feed_lent(self, feed: Feed) -> Logits:
-        """Run tokens through a lent slot."""
+    def feed_lent(self, feeds: Tokens[Feed]) -> Logits:
+        """Run tokens through lent slots, each at most once."""
         self._stop_running_ahead()
-        return self._slots.feed([feed])
+        return self._slots.feed(feeds)
 
     def take_back(self, slot: int, tokens: Tokens[int], *, sound: bool = True) -> None:
         """A lent slot is free again. It holds ``tokens``, which prompts may build upon; nothing
@@ -236,10 +238,14 @@ class Engine:
             self._spoilt.remove(slot)
             self._slots.clear(slot)
 
-    def _seat(self, sequence: Sequence, place: Place) -> None:
+    def _prepare(self, place: Place) -> None:
+        """Bring what a place promises into its slot."""
         self._mend(place.slot)
         if place.source != place.slot:
             self._slots.copy(place.source, place.slot, place.keep)
+
+    def _seat(self, sequence: Sequence, place: Place) -> None:
+        self._prepare(place)
         self._table.take(place, sequence)
         self._running[sequence.key] = sequence
         self.stats.prompt_tokens += len(sequence.tokens)

@@ -84,13 +84,16 @@ class SlotTable:
         self._free.add(slot)
         sequence.ended = self._left[slot] = now
 
-    def lend(self) -> int:
-        """A slot, the free one that was left longest ago, for tokens that are no sequence's. It
-        counts as empty, and as taken until it comes back."""
-        slot = self.oldest()
-        self._free.remove(slot)
-        self._write(slot, 0, ())
-        return slot
+    def lend(self, tokens: Tokens[int], most: int) -> Place | None:
+        """`find` a place for tokens that are no sequence's, with ``most`` of them at most. Until
+        it comes back its slot counts as taken, and as holding no more."""
+        found = self.find(tokens)
+        if found is None:
+            return None
+        place = found._replace(keep=min(found.keep, most))
+        self._free.remove(place.slot)
+        self._write(place.slot, 0, tokens[: place.keep])
+        return place
 
     def take_back(self, slot: int, tokens: Tokens[int], now: int) -> None:
         """A lent slot is free again and holds ``tokens``."""

@@ -12,7 +12,7 @@ from qwen2kit.serve.answers import Choice, Piece, Usage, new_id, pieces
 from qwen2kit.serve.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
 from qwen2kit.serve.errors import invalid
 from qwen2kit.serve.prompts import completion_prompts
-from qwen2kit.serve.scoring import PromptScores
+from qwen2kit.serve.score_memory import PromptScores
 from qwen2kit.serve.service import Service
 from qwen2kit.serve.ticket import Job, Work
 from qwen2kit.serve.token_text import CompletionLogprobs, ScoredToken
@@ -38,20 +38,23 @@ class CompletionAnswer:
         }
         self._prompts: list[tuple[int, ...]] = []
         self._usage = Usage(0)
+        self._works: list[Work] = []
         self._job: Job | None = None
 
     async def start(self) -> None:
         request = self._request
         self._service.check_model(request.model)
         self._service.dispatcher.check_room(len(request.prompts) * request.choices_per_prompt)
-        works = await asyncio.to_thread(self._works)
+        self._works = await asyncio.to_thread(self._make_works)
         self._usage = Usage(sum(map(len, self._prompts)))
-        if works:
-            self._job = await self._service.dispatcher.submit(works)
+        if self._works and not self._is_scored:
+            self._job = await self._service.dispatcher.submit(self._works)
 
     async def whole(self) -> dict[str, Any]:
         choices = self._choices()
-        scores = await self._filled(choices)
+        scores = await self._scores()
+        async for _ in self._pieces(choices):
+            pass
         return {
             **self._head,
             "choices": [self._choice(choice, scores) for choice in choices],
@@ -77,21 +80,6 @@ class CompletionAnswer:
         if self._job is not None:
             self._service.dispatcher.cancel(self._job)
 
-    async def _filled(self, choices: list[Choice]) -> list[PromptScores]:
-        """Take all pieces while the scores, which may have to wait for a slot, are computed."""
-
-        async def fill() -> None:
-            async for _ in self._pieces(choices):
-                pass
-
-        tasks = asyncio.create_task(self._scores()), asyncio.create_task(fill())
-        try:
-            scores, _ = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-        return scores
-
     async def _pieces(self, choices: list[Choice]) -> AsyncIterator[Piece]:
         if self._job is None:
             for choice in choices:
@@ -101,7 +89,7 @@ class CompletionAnswer:
             self._usage.completion_tokens += len(piece.tokens)
             yield piece
 
-    def _works(self) -> list[Work]:
+    def _make_works(self) -> list[Work]:
         request = self._request
         self._prompts = completion_prompts(self._tokenizer, request)
         for prompt in self._prompts:
@@ -124,12 +112,21 @@ class CompletionAnswer:
             top_logprobs=request.logprobs,
         )
 
+    @property
+    def _is_scored(self) -> bool:
+        """Whether the scores of the prompts are wanted."""
+        return bool(self._request.echo) and self._request.logprobs is not None
+
     async def _scores(self) -> list[PromptScores]:
-        """Of every prompt, where the request wants them."""
-        top = self._request.logprobs
-        if not self._request.echo or top is None:
+        """Of every prompt, where the request wants them. Text is generated afterwards: then its
+        prompt has been read."""
+        if not self._is_scored:
             return []
-        return [await self._service.dispatcher.score(prompt, top) for prompt in self._prompts]
+        dispatcher = self._service.dispatcher
+        found = await dispatcher.score(self._prompts, self._request.logprobs or 0)
+        if self._works:
+            self._job = await dispatcher.submit(self._works, admitted=True)
+        return found
 
     def _choices(self) -> list[Choice]:
         return [

@@ -23,7 +23,8 @@ from qwen2kit.serve.errors import (
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import EngineState, Metrics
 from qwen2kit.serve.own_thread import OwnThread
-from qwen2kit.serve.scoring import PromptScores, Scoring
+from qwen2kit.serve.score_memory import PromptScores
+from qwen2kit.serve.scoring import Scoring
 from qwen2kit.serve.ticket import Job, Ticket, Work
 
 _LONGEST_WAIT = 60
@@ -103,9 +104,13 @@ class Dispatcher:
             seconds = ceil(self._mean_seconds * self.load / self._limits.slots)
             raise overloaded(min(_LONGEST_WAIT, max(1, seconds)))
 
-    async def submit(self, works: Sequence[Work]) -> Job:
-        """Queue sequences, all or none. Raises ApiError if the server or the engine refuses."""
-        self.check_room(len(works))
+    async def submit(self, works: Sequence[Work], *, admitted: bool = False) -> Job:
+        """Queue sequences, all or none; those of a request that was ``admitted`` before find room.
+        Raises ApiError if the server or the engine refuses."""
+        if not admitted:
+            self.check_room(len(works))
+        elif self.failure is not None:
+            raise engine_failed()
         job = Job(works, self._limits.max_pending)
         self._open.update(job.tickets)
         for ticket in job.tickets:
@@ -124,17 +129,20 @@ class Dispatcher:
                 self._forget(ticket)
                 self._thread.cancel(ticket)
 
-    async def score(self, prompt: tuple[int, ...], top: int) -> PromptScores:
-        """Log-probabilities of a prompt's tokens. Raises ApiError as `submit`."""
-        self.check_room(1)
-        scoring = Scoring(prompt, top, asyncio.get_running_loop().create_future())
-        self._scorings.add(scoring)
-        self._thread.score(scoring)
+    async def score(self, prompts: Sequence[tuple[int, ...]], top: int) -> list[PromptScores]:
+        """Log-probabilities of the prompts' tokens. Raises ApiError as `submit`."""
+        self.check_room(len(prompts))
+        new = asyncio.get_running_loop().create_future
+        scorings = [Scoring(prompt, top, new()) for prompt in prompts]
+        self._scorings.update(scorings)
+        for scoring in scorings:
+            self._thread.score(scoring)
         try:
-            return await scoring.answer
+            return list(await asyncio.gather(*(scoring.answer for scoring in scorings)))
         finally:
-            scoring.cancelled = True
-            self._scorings.discard(scoring)
+            for scoring in scorings:
+                scoring.cancelled = True
+            self._scorings.difference_update(scorings)
 
     def abort(self, error: ApiError) -> None:
         """End everything that runs or waits with ``error``."""

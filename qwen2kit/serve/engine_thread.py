@@ -7,7 +7,6 @@ loop, all events of a step in one.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from contextlib import suppress
@@ -22,7 +21,8 @@ from qwen2kit.errors import Qwen2KitError
 from qwen2kit.serve.errors import ApiError, invalid
 from qwen2kit.serve.metrics import EngineState
 from qwen2kit.serve.own_thread import OwnThread
-from qwen2kit.serve.scoring import PromptScorer, PromptScores, Scoring
+from qwen2kit.serve.score_memory import PromptScores
+from qwen2kit.serve.scoring import PromptScorer, Scoring
 from qwen2kit.serve.ticket import Ticket
 
 
@@ -76,7 +76,7 @@ class EngineThread:
         self._loop = loop
         self._listener = listener
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._scorings: deque[Scoring] = deque()
+        self._scorings: list[Scoring] = []
         self._leaving = False
         self._ended = home.run(self._run)
 
@@ -145,15 +145,14 @@ class EngineThread:
             self._engine.cancel(ticket.key)
 
     def _advance_scoring(self) -> None:
-        """One piece of the oldest prompt, so that generation goes on in between."""
-        while self._scorings and self._scorings[0].cancelled:
-            self._scorer.drop(self._scorings.popleft())
+        """One piece of the oldest prompts, so that generation goes on in between."""
         if not self._scorings:
             return
-        scoring = self._scorings[0]
-        result = self._scorer.advance(scoring)
-        if result is not None:
-            self._scorings.popleft()
+        for scoring in [item for item in self._scorings if item.cancelled]:
+            self._scorer.drop(scoring)
+            self._scorings.remove(scoring)
+        for scoring, result in self._scorer.advance(self._scorings):
+            self._scorings.remove(scoring)
             self._tell(self._listener.scored, scoring, result)
 
     def _state(self) -> EngineState:

@@ -1,40 +1,30 @@
-"""Log-probabilities of a prompt's own tokens, as ``echo`` with ``logprobs`` asks for them.
+"""Log-probabilities of prompts' own tokens, as ``echo`` with ``logprobs`` asks for them.
 
-They wait for one of the engine's slots and are computed there, piece by piece between its steps, as
-a full softmax over every row of the head: what `CompiledModel.score` computes.
+They wait for the engine's slots and are computed there, piece by piece between its steps, as a full
+softmax over every row of the head: what `CompiledModel.score` computes. A pass takes as many
+prompts as fit into a piece. A beginning that was scored lately is not computed again: questions
+behind the same examples, or answers to one question, cost their own tokens.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Final
 
 import numpy as np
 
-from qwen2kit.backend.slots import Edit, Feed
+from qwen2kit.backend.slots import Edit, Feed, Shortlist
 from qwen2kit.engine.text import TextEngine
-from qwen2kit.errors import BackendError, NonFiniteLogits
+from qwen2kit.errors import BackendError
 from qwen2kit.serve.errors import ApiError, invalid, no_memory, non_finite
+from qwen2kit.serve.score_memory import PromptScores, ScoreMemory, TokenScore, in_common
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-_FIRST = np.float32(1e9)
+_WORTH_WAITING: Final = 8
+"""Tokens in common from which on a prompt waits for the scores of another one."""
+_FIRST: Final = np.float32(1e9)
 """Added to the logit of the prompt's own token: puts it first in the shortlist of its row."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """One token: natural-log probability, and the most likely ids in its place with theirs."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-
-
-PromptScores = list[TokenScore]
-"""Of every token but the first, which nothing precedes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,8 +36,9 @@ class Scoring:
         top: likeliest tokens wanted per position.
         answer: where the scores go.
         slot: the engine's that was borrowed for it, if it has one now.
-        fed: positions computed so far.
-        scores: those so far.
+        fed: positions that the slot holds.
+        scores: those so far; may be ahead of ``fed``.
+        after: it waits until that one, which begins alike, has its scores.
         cancelled: nobody waits for it.
     """
 
@@ -57,11 +48,21 @@ class Scoring:
     slot: int | None = None
     fed: int = 0
     scores: PromptScores = field(default_factory=list)
+    after: Scoring | None = None
     cancelled: bool = False
+
+    @property
+    def done(self) -> bool:
+        """Whether every token but the first has its score."""
+        return len(self.scores) == len(self.prompt) - 1
+
+
+Turn = tuple[Scoring, Feed]
+Ended = tuple[Scoring, PromptScores | ApiError]
 
 
 class PromptScorer:
-    """Scores one prompt at a time in a slot of the engine's; belongs to the engine's thread.
+    """Scores prompts in slots of the engine's; belongs to the engine's thread.
 
     Args:
         engine: its slots are borrowed.
@@ -71,29 +72,29 @@ class PromptScorer:
     def __init__(self, engine: TextEngine, piece: int = 256) -> None:
         self._engine = engine
         self._piece = piece
+        self._memory = ScoreMemory()
 
-    def advance(self, scoring: Scoring) -> PromptScores | ApiError | None:
-        """Compute one more piece: all scores if that was the last, why there are none, or None if
-        it goes on. Before the first piece it waits for a slot."""
-        if scoring.slot is None:
+    def advance(self, scorings: Sequence[Scoring]) -> list[Ended]:
+        """Compute one more piece, the oldest first; those that have ended with all their scores,
+        or with why there are none. Where no slot is free, they wait."""
+        ended: list[Ended] = []
+        turns: list[Turn] = []
+        left = self._piece
+        for scoring in scorings:
+            if self._begins_like_one_of(turns, scoring):
+                continue
             try:
-                scoring.slot = self._engine.engine.lend(scoring.prompt)
+                if not left or not self._seat(scoring):
+                    break
             except BackendError as error:
-                return invalid(str(error))
-            if scoring.slot is None:
-                return None
-        try:
-            self._feed(scoring, scoring.slot)
-        except NonFiniteLogits:
-            self.drop(scoring, sound=False)
-            return non_finite()
-        except BackendError:
-            self.drop(scoring, sound=False)
-            return no_memory()
-        if scoring.fed < len(scoring.prompt) - 1:
-            return None
-        self.drop(scoring)
-        return scoring.scores
+                ended.append((scoring, invalid(str(error))))
+                continue
+            if scoring.done:
+                ended.append((scoring, scoring.scores))
+            else:
+                turns.append((scoring, _feed(scoring, left)))
+                left -= len(turns[-1][1].tokens)
+        return ended + self._run(turns)
 
     def drop(self, scoring: Scoring, *, sound: bool = True) -> None:
         """Give the slot back, if it has one; what was computed in it stays of use if ``sound``."""
@@ -102,37 +103,90 @@ class PromptScorer:
             self._engine.engine.take_back(scoring.slot, done, sound=sound)
             scoring.slot = None
 
-    def _feed(self, scoring: Scoring, slot: int) -> None:
-        prompt, start = scoring.prompt, scoring.fed
-        targets = prompt[start + 1 : start + 1 + self._piece]
+    def _begins_like_one_of(self, turns: Sequence[Turn], scoring: Scoring) -> bool:
+        """Whether to wait: another one computes what this one begins with."""
+        if scoring.slot is not None:
+            return False
+        if scoring.after is not None and scoring.after.slot is not None:
+            return True
+        scoring.scores = self._memory.recall(scoring.prompt, scoring.top)
+        known = len(scoring.scores) + _WORTH_WAITING
+        found = (other for other, _ in turns if in_common(scoring.prompt, other.prompt) > known)
+        scoring.after = next(found, None)
+        return scoring.after is not None
+
+    def _seat(self, scoring: Scoring) -> bool:
+        """Whether it has a slot now, or needs none. Raises BackendError if none could hold it."""
+        if scoring.slot is None and not scoring.done:
+            place = self._engine.engine.lend(scoring.prompt, most=len(scoring.scores))
+            if place is not None:
+                scoring.slot, scoring.fed = place.slot, place.keep
+        return scoring.done or scoring.slot is not None
+
+    def _run(self, turns: Sequence[Turn]) -> list[Ended]:
+        """One pass; those that end with it."""
+        try:
+            found = self._shortlist(turns)
+        except BackendError:
+            for scoring, _ in turns:
+                self.drop(scoring, sound=False)
+            return [(scoring, no_memory()) for scoring, _ in turns]
+        ended: list[Ended] = []
+        row = 0
+        for scoring, feed in turns:
+            rows = slice(row, row + feed.wanted)
+            row = rows.stop
+            scoring.fed += len(feed.tokens)
+            if found is not None and not all(found.sound[rows]):
+                self.drop(scoring, sound=False)
+                ended.append((scoring, non_finite()))
+                continue
+            if found is not None:
+                scoring.scores += _scores(found, rows, _targets(scoring, feed), scoring.top)
+            if scoring.done:
+                self.drop(scoring)
+                self._memory.keep(scoring.prompt, scoring.top, scoring.scores)
+                ended.append((scoring, scoring.scores))
+        return ended
+
+    def _shortlist(self, turns: Sequence[Turn]) -> Shortlist | None:
+        """Of all rows that are wanted, if any are. Raises BackendError if memory is short."""
+        if not turns:
+            return None
+        logits = self._engine.engine.feed_lent([feed for _, feed in turns])
+        targets = [target for turn in turns for target in _targets(*turn)]
         if not targets:
-            return
-        engine = self._engine.engine
-        tokens = prompt[start : start + len(targets)]
-        logits = engine.feed_lent(Feed(slot, start, tokens, wanted=len(tokens)))
-        size = min(scoring.top + 1, engine.spec.vocab_size)
-        found = logits.shortlist(size, [_favour(target) for target in targets])
-        if not all(found.sound):
-            raise NonFiniteLogits
-        rows = zip(targets, found.ids, found.raw, found.raw_total, strict=True)
-        scoring.scores += [_score(*row, top=scoring.top) for row in rows]
-        scoring.fed += len(targets)
+            return None
+        size = min(
+            max(scoring.top for scoring, _ in turns) + 1, self._engine.engine.spec.vocab_size
+        )
+        return logits.shortlist(size, [_favour(target) for target in targets])
+
+
+def _feed(scoring: Scoring, most: int) -> Feed:
+    """The next positions, and the logits of those that have no score yet."""
+    assert scoring.slot is not None
+    end = min(scoring.fed + most, len(scoring.prompt) - 1)
+    tokens = scoring.prompt[scoring.fed : end]
+    return Feed(scoring.slot, scoring.fed, tokens, wanted=max(0, end - len(scoring.scores)))
+
+
+def _targets(scoring: Scoring, feed: Feed) -> tuple[int, ...]:
+    """The tokens that the wanted logits are to be asked about."""
+    end = feed.start + len(feed.tokens) + 1
+    return scoring.prompt[end - feed.wanted : end]
 
 
 def _favour(target: int) -> Edit:
     return Edit(ids=np.array([target]), shift=np.array([_FIRST]))
 
 
-def _score(
-    target: int,
-    ids: NDArray[np.int64],
-    raw: NDArray[np.float32],
-    total: np.float64,
-    *,
-    top: int,
-) -> TokenScore:
-    logprobs = raw.astype(np.float64) - total
-    pairs = [(int(i), float(p)) for i, p in zip(ids, logprobs, strict=True)]
-    own = pairs[0][1]
-    likeliest = sorted(pairs, key=lambda pair: (-pair[1], pair[0]))[:top]
-    return TokenScore(target, own, tuple(likeliest))
+def _scores(
+    found: Shortlist, rows: slice, targets: Sequence[int], top: int
+) -> Iterator[TokenScore]:
+    logprobs = found.raw[rows].astype(np.float64) - found.raw_total[rows, None]
+    for target, ids, values in zip(targets, found.ids[rows], logprobs.tolist(), strict=True):
+        likeliest = sorted(
+            zip(ids.tolist(), values, strict=True), key=lambda pair: (-pair[1], pair[0])
+        )
+        yield TokenScore(target, values[0], tuple(likeliest[:top]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.errors import TokenizerError
-from qwen2kit.serve.scoring import TokenScore
+from qwen2kit.serve.score_memory import TokenScore
 from qwen2kit.tokenizer.bpe import Tokenizer
 
 _LOWEST = -9999.0

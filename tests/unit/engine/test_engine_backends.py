@@ -108,26 +108,28 @@ def test_a_lent_slot_and_its_neighbours(model: CompiledModel, plain: bool) -> No
     requests = [some_request(dice, plain) for _ in range(8)]
     text = tuple(dice.randrange(80) for _ in range(41))
     expected = model.logits(text)
-    lent = 0
+    lent = kept = 0
     with Engine(model, slots=3, capacity=CAPACITY, prefill_tokens=9) as engine:
         said: dict[int, list[Any]] = {engine.submit(again(item)): [] for item in requests}
         slot, fed = None, 0
         while engine.busy:
             for event in engine.step():
                 said[event.prompt].append((event.token, event.finish_reason))
-            if slot is None:
-                slot, fed = engine.lend(text), 0
-            elif fed < len(text):
-                piece = text[fed : fed + dice.choice([1, 4, 23])]
-                logits = engine.feed_lent(Feed(slot, fed, piece, len(piece))).rows(
-                    range(len(piece))
-                )
-                np.testing.assert_allclose(logits, expected[fed : fed + len(piece)], atol=1e-4)
-                fed += len(piece)
-            else:
+            if slot is not None and fed == len(text):
                 engine.take_back(slot, text)
                 slot, lent = None, lent + 1
+            if slot is None:
+                place = engine.lend(text, most=dice.choice([0, 9, len(text)]))
+                slot, fed = (None, 0) if place is None else (place.slot, place.keep)
+                kept += fed
+            else:
+                piece = text[fed : fed + dice.choice([1, 4, 23])]
+                feed = Feed(slot, fed, piece, len(piece))
+                logits = engine.feed_lent([feed]).rows(range(len(piece)))
+                np.testing.assert_allclose(logits, expected[fed : fed + len(piece)], atol=1e-4)
+                fed += len(piece)
     assert lent >= 2
+    assert kept > 0
     for key, request in enumerate(requests):
         found = alone(model, again(request), CAPACITY - len(request.prompt))  # type: ignore[arg-type]
         assert said[key] == [(drawn.token, reason) for drawn, reason in found]

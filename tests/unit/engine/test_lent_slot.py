@@ -18,7 +18,12 @@ LENT = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
 def _rows(engine: Engine, slot: int, start: int, tokens: tuple[int, ...]) -> np.ndarray:
     feed = Feed(slot, start, tokens, wanted=len(tokens))
-    return engine.feed_lent(feed).rows(range(len(tokens)))
+    return engine.feed_lent([feed]).rows(range(len(tokens)))
+
+
+def _lend(engine: Engine) -> int | None:
+    place = engine.lend(LENT)
+    return None if place is None else place.slot
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0, seed=3)])
@@ -36,7 +41,7 @@ def test_pieces_between_the_steps_of_others(sampling: Sampling) -> None:
             for event in engine.step():
                 said[event.prompt].append(event.token)
             if slot is None and lent < 2:
-                slot, rows, fed = engine.lend(LENT), [], 0
+                slot, rows, fed = _lend(engine), [], 0
             if slot is None:
                 continue
             if fed < len(LENT):
@@ -59,7 +64,7 @@ def test_there_is_none_while_all_are_taken_and_no_request_takes_a_lent_one() -> 
         assert engine.lend(LENT) is None
         while engine.busy:
             engine.step()
-        slot = engine.lend(LENT)
+        slot = _lend(engine)
         assert slot is not None
         engine.submit(Request((1, 2), Sampling(max_new_tokens=3)))
         assert engine.step() == []
@@ -71,7 +76,7 @@ def test_there_is_none_while_all_are_taken_and_no_request_takes_a_lent_one() -> 
 def test_what_was_run_there_serves_later_prompts() -> None:
     model = HashModel()
     with Engine(model, slots=2, capacity=CAPACITY) as engine:  # type: ignore[arg-type]
-        slot = engine.lend(LENT)
+        slot = _lend(engine)
         assert slot is not None
         _rows(engine, slot, 0, LENT)
         engine.take_back(slot, LENT)
@@ -86,7 +91,7 @@ def test_an_unsound_one_is_cleared_before_its_next_use() -> None:
         cleared: list[int] = []
         model.given[0].clear = cleared.append  # type: ignore[method-assign]
         for sound, times in ((True, 0), (False, 0), (True, 1), (True, 1)):
-            slot = engine.lend(LENT)
+            slot = _lend(engine)
             assert slot is not None
             assert len(cleared) == times
             engine.take_back(slot, LENT, sound=sound)

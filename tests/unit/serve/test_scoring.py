@@ -31,6 +31,7 @@ class FullDevice:
     def __init__(self, inner: CompiledModel, slots: int) -> None:
         self.spec, self.limit, self._inner = inner.spec, inner.limit, inner
         self.room, self.free, self.given = slots, True, 0
+        self.passes: list[int] = []  # rows of logits that each was asked for
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         return self._inner.logits(tokens)
@@ -50,6 +51,7 @@ class _Slots(RecomputingSlots):
     def feed(self, feeds: Sequence[Feed]) -> HostLogits:
         if not self._device.free and any(feed.wanted > 1 for feed in feeds):
             raise BackendError("the device ran out of memory")
+        self._device.passes.append(sum(feed.wanted for feed in feeds))
         return super().feed(feeds)
 
 
@@ -89,6 +91,73 @@ def test_more_than_the_slots_wait_and_get_what_the_model_says(loaded: LoadedMode
         assert found[0] is None
         np.testing.assert_allclose(found[1:30], wanted, atol=1e-4)
     assert len({answer.json()["choices"][0]["text"] for answer in answers[1::3]}) == 1
+
+
+def _logprobs_of(loaded: LoadedModel, prompt: Sequence[int]) -> list[float]:
+    rows = loaded.model.logits(prompt).astype(np.float64)
+    rows -= np.log(np.exp(rows).sum(-1, keepdims=True))
+    return [rows[i, token] for i, token in enumerate(prompt[1:])]
+
+
+def test_prompts_are_scored_together_and_what_they_begin_with_once(loaded: LoadedModel) -> None:
+    answers = [[*PROMPT, 9, tail] for tail in (3, 4, 5)]
+    others = [[n, 2, n, 7] for n in (11, 12, 13)]
+    body = SCORED | {"prompt": [*answers, *others], "max_tokens": 0}
+
+    async def run() -> FullDevice:
+        full, device = _full(loaded, 8)
+        async with serving(full, limits=Limits(slots=8)) as (_, client):
+            for top in (2, 1, 0):  # asked again, nothing is computed
+                answer = await client.post("/v1/completions", json=body | {"logprobs": top})
+                for choice, prompt in zip(
+                    answer.json()["choices"], [*answers, *others], strict=True
+                ):
+                    found = choice["logprobs"]
+                    wanted = _logprobs_of(loaded, prompt)
+                    np.testing.assert_allclose(found["token_logprobs"][1:], wanted, atol=1e-4)
+                    assert all(len(top_n) in (top, top + 1) for top_n in found["top_logprobs"][1:])
+            more = body | {"prompt": [*PROMPT, 9, 6, 1, 2], "max_tokens": 2}
+            await client.post("/v1/completions", json=more)
+        return device
+
+    device = asyncio.run(run())
+    # One answer and the others, then the last tokens of the two other answers; then what is new,
+    # and two tokens of text (whose prompt's last token is all that is read again).
+    assert device.passes == [31 + 3 * 3, 1 + 1, 3, 1, 1]
+
+
+def test_a_long_prompt_holds_up_neither_text_nor_for_ever_others(loaded: LoadedModel) -> None:
+    async def run() -> None:
+        full, device = _full(loaded, 3)
+        async with serving(full, limits=Limits(slots=3)) as (service, client):
+            piece = service.dispatcher._thread._scorer
+            piece._piece = 8
+            texts = {"model": "tiny", "prompt": "abc", "max_tokens": 30, "ignore_eos": True}
+            bodies = [texts, *[SCORED | {"prompt": [n, *PROMPT], "max_tokens": 0} for n in (5, 6)]]
+            found = await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
+            assert [answer.status_code for answer in found] == [200] * 3
+            assert max(device.passes) <= 8
+            for n, answer in zip((5, 6), found[1:], strict=True):
+                wanted = _logprobs_of(loaded, [n, *PROMPT])
+                np.testing.assert_allclose(_token_logprobs(answer)[1:], wanted, atol=1e-4)
+
+    asyncio.run(run())
+
+
+def test_nan_is_the_failure_of_its_own_prompt(loaded: LoadedModel) -> None:
+    class Broken(FullDevice):
+        def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+            return super().logits(tokens) * (np.nan if tokens[0] == 7 else 1)
+
+    async def run() -> None:
+        model = cast(CompiledModel, Broken(loaded.model, 4))
+        async with serving(replace(loaded, model=model), limits=Limits(slots=4)) as (_, client):
+            bodies = [SCORED | {"prompt": [n, *PROMPT], "max_tokens": 0} for n in (6, 7, 8, 7, 6)]
+            found = await asyncio.gather(*(client.post("/v1/completions", json=b) for b in bodies))
+            assert [answer.status_code for answer in found] == [200, 500, 200, 500, 200]
+            assert found[1].json()["error"]["code"] == "non_finite_logits"
+
+    asyncio.run(run())
 
 
 def test_memory_that_is_short_for_the_moment_is_503_and_never_ends_the_server(
