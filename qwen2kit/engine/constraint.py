@@ -67,7 +67,11 @@ class GrammarConstraint:
         return tuple(self._matcher.compute_ff_tokens())
 
     def _reason(self) -> str:
-        return _one_line(self._matcher.get_error())
+        """What llguidance says, without the state it was in."""
+        reason = self._matcher.get_error().partition("<state>")[0]
+        if reason.startswith("NoExtension"):
+            return "nothing can come next; does it refer to itself without an end?"
+        return _one_line(reason)
 
 
 class ConstraintCompiler:

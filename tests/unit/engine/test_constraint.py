@@ -203,6 +203,15 @@ def test_errors_are_one_line(
     assert len(str(raised.value)) < 400
 
 
+def test_a_schema_without_an_end_is_told_in_words(compiler: ConstraintCompiler) -> None:
+    constraint = compiler.json_schema({"$ref": "#"})
+    with pytest.raises(
+        ConfigError, match="nothing can come next; does it refer to itself"
+    ) as error:
+        constraint.mask()
+    assert "Parser" not in str(error.value)
+
+
 def test_schema_may_be_text(compiler: ConstraintCompiler) -> None:
     schema = Person.model_json_schema()
     first, second = compiler.json_schema(schema), compiler.json_schema(json.dumps(schema))
