@@ -18,19 +18,22 @@ from qwen2kit.serve.completions import CompletionAnswer
 from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.errors import ApiError
 from qwen2kit.serve.exchange import EventStream, read, while_connected
-from qwen2kit.serve.middleware import Counted, KeyGuard, error_response
+from qwen2kit.serve.middleware import Counted, HostGuard, KeyGuard, error_response
 from qwen2kit.serve.page import page_response
 from qwen2kit.serve.service import Service
 
+_LONGEST_PATH = 100
+_READING = ["GET", "HEAD"]
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def make_app(service: Service, api_key: str | None = None) -> ASGIApp:
+def make_app(service: Service, api_key: str | None = None, *, local: bool = False) -> ASGIApp:
     """The application of one service.
 
     Args:
         service: the model.
         api_key: what clients must send as bearer token; None asks for none.
+        local: only this machine is meant to reach it.
     """
     app = FastAPI(title="qwen2kit", docs_url=None, redoc_url=None, openapi_url=None)
     _add_information(app, service)
@@ -50,36 +53,37 @@ def make_app(service: Service, api_key: str | None = None) -> ASGIApp:
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _bug)
-    return Counted(KeyGuard(app, api_key), service.metrics)
+    guarded = HostGuard(app) if local and api_key is None else KeyGuard(app, api_key)
+    return Counted(guarded, service.metrics)
 
 
 def _add_information(app: FastAPI, service: Service) -> None:
     """The routes that generate nothing."""
 
-    @app.get("/")
+    @app.api_route("/", methods=_READING)
     async def page() -> Response:
         return page_response()
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=_READING)
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_model(service)]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=_READING)
     async def model(name: str) -> dict[str, Any]:
         service.check_model(name)
         return _model(service)
 
-    @app.get("/health")
-    @app.get("/health/ready")
+    @app.api_route("/health", methods=_READING)
+    @app.api_route("/health/ready", methods=_READING)
     async def ready() -> Response:
         dispatcher = service.dispatcher
         return _health("draining" if dispatcher.draining else _life(dispatcher))
 
-    @app.get("/health/live")
+    @app.api_route("/health/live", methods=_READING)
     async def live() -> Response:
         return _health(_life(service.dispatcher))
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=_READING)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=PROMETHEUS)
 
@@ -124,8 +128,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods, in the same shape as everything else."""
     assert isinstance(error, HTTPException)
     code = "unknown_url" if error.status_code == 404 else None
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return error_response(ApiError(error.status_code, message, code=code))
+    message = f"{request.method} {request.url.path[:_LONGEST_PATH]}: {error.detail}"
+    response = error_response(ApiError(error.status_code, message, code=code))
+    response.headers.update(error.headers or {})  # which methods are allowed
+    return response
 
 
 async def _gone(request: Request, error: Exception) -> Response:

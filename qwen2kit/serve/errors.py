@@ -64,6 +64,17 @@ def unauthorized() -> ApiError:
     )
 
 
+def foreign_host() -> ApiError:
+    """403: the request came under a name that may be anybody's."""
+    return ApiError(
+        403,
+        "this server listens on localhost only and has no API key; start it with one to reach it "
+        "under a public name",
+        kind="permission_error",
+        code="foreign_host",
+    )
+
+
 def overloaded(retry_after: int) -> ApiError:
     """429: the queue is full."""
     return ApiError(

@@ -28,12 +28,15 @@ async def read(request: Request, model: type[Model], max_body: int) -> Model:
     A JSON content type is required: browsers then ask before another site's page may send here.
 
     Raises:
-        ApiError: it is no JSON of that shape, too large (413) or too slow (408).
+        ApiError: it is no JSON of that shape, packed (415), too large (413) or too slow (408).
         ClientDisconnect: nobody is there any more.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send JSON, with 'Content-Type: application/json'")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise ApiError(415, f"Content-Encoding {coding[:20]!r} is not supported; send plain JSON")
     try:
         async with asyncio.timeout(_BODY_SECONDS):
             body = await _body(request, max_body)

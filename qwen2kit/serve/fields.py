@@ -20,7 +20,11 @@ IGNORED = frozenset({
 """Fields of OpenAI's API that do not change what a local model answers."""
 
 _MAX_STOP = 16
-_REASONS = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+_CODES = {"extra_forbidden": "unknown_parameter", "missing": "missing_required_parameter"}
+_MESSAGES = {
+    "extra_forbidden": "this server knows no such field; leave it out",
+    "none_required": "not supported here; leave it out",
+}
 
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -139,10 +143,10 @@ def refusal(error: ValidationError) -> ApiError:
     """The first problem as a 400 that names its field."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     path = ".".join(str(part) for part in first["loc"])
-    message = re.sub(r"^Value error, ", "", first["msg"])
+    message = _MESSAGES.get(first["type"], re.sub(r"^Value error, ", "", first["msg"]))
     field, colon, _ = message.partition(":")
     if not path and colon and field.isidentifier():
         path = field
     elif path:
         message = f"{path}: {message}"
-    return invalid(message, param=path or None, code=_REASONS.get(first["type"]))
+    return invalid(message, param=path or None, code=_CODES.get(first["type"]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import re
+from ipaddress import ip_address
 from time import perf_counter
 from typing import Final
 
@@ -10,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen2kit.serve.errors import ApiError, unauthorized
+from qwen2kit.serve.errors import ApiError, foreign_host, unauthorized
 from qwen2kit.serve.metrics import Metrics
 
 OPEN_PATHS: Final = frozenset({"/", "/health", "/health/live", "/health/ready"})
@@ -39,7 +41,7 @@ class KeyGuard:
 
     def __init__(self, app: ASGIApp, key: str | None) -> None:
         self._app = app
-        self._expected = None if key is None else f"Bearer {key}".encode()
+        self._expected = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry."""
@@ -51,8 +53,40 @@ class KeyGuard:
     def _admits(self, scope: Scope) -> bool:
         if self._expected is None or scope["path"] in OPEN_PATHS:
             return True
-        given = Headers(scope=scope).get("authorization", "").encode()
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
+        equal = hmac.compare_digest(given.strip().encode(), self._expected)
+        return equal and scheme.lower() == "bearer"
+
+
+class HostGuard:
+    """Keeps those out who reach this machine under a public name. A page elsewhere can give its own
+    name the address of a server on localhost (DNS rebinding); its requests still carry that name.
+
+    Args:
+        app: what is guarded.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+        if scope["type"] == "http" and _is_public(Headers(scope=scope).get("host", "")):
+            await error_response(foreign_host())(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _is_public(host: str) -> bool:
+    """Whether anybody may have registered the name; addresses and local names are nobody's."""
+    name = re.sub(r":\d*$", "", host).strip("[]").rstrip(".").lower()
+    if "." not in name or name.endswith((".localhost", ".local", ".internal")):
+        return False
+    try:
+        ip_address(name)
+    except ValueError:
+        return True
+    return False
 
 
 class Counted:

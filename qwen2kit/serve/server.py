@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -19,6 +20,7 @@ from qwen2kit.serve.app import make_app
 from qwen2kit.serve.constraints import Constraints
 from qwen2kit.serve.dispatcher import Dispatcher
 from qwen2kit.serve.errors import shutting_down
+from qwen2kit.serve.impatience import ImpatientProtocol
 from qwen2kit.serve.limits import Limits
 from qwen2kit.serve.metrics import Metrics
 from qwen2kit.serve.own_thread import OwnThread
@@ -84,6 +86,7 @@ def serve(serving: Serving, bound: socket.socket, ready: Callable[[], None]) -> 
 
     Raises:
         BackendError: the engine broke.
+        ConfigError: another process listens there by now.
     """
     failure = asyncio.run(_serve(serving, bound, ready))
     if failure is not None:
@@ -119,8 +122,10 @@ async def _serve(
         dispatcher=dispatcher,
         constraints=Constraints(serving.loaded),
     )
+    local = ip_address(bound.getsockname()[0]).is_loopback
     config = uvicorn.Config(
-        make_app(service, serving.api_key),
+        make_app(service, serving.api_key, local=local),
+        http=ImpatientProtocol,
         log_level="warning",
         access_log=False,
         lifespan="off",
@@ -152,8 +157,14 @@ class _Server(uvicorn.Server):
         self._ready = ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start, then say so."""
-        await super().startup(sockets)
+        """Start, then say so. Raises ConfigError if somebody else has begun to listen on a socket's
+        address since it was bound."""
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen: {error.strerror or error}; give another --host or --port"
+            ) from None
         self._ready()
 
     @contextmanager

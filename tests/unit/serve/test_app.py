@@ -15,6 +15,7 @@ import pytest
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError
+from qwen2kit.serve.app import make_app
 from qwen2kit.serve.constraints import RequestConstraint
 from qwen2kit.serve.fields import IGNORED
 from qwen2kit.serve.limits import Limits
@@ -60,10 +61,13 @@ def test_body_limits(loaded: LoadedModel) -> None:
         whole = await client.post("/v1/completions", content=b" " * 300, headers=headers)
         chunked = await client.post("/v1/completions", content=pieces(), headers=headers)
         text = await client.post("/v1/completions", content=json.dumps(BODY))
+        packed = await client.post(
+            "/v1/completions", json=BODY, headers={"content-encoding": "gzip"}
+        )
         fits = await client.post("/v1/completions", json=BODY)
-        return [answer.status_code for answer in (whole, chunked, text, fits)]
+        return [answer.status_code for answer in (whole, chunked, text, packed, fits)]
 
-    assert run(loaded, ask, limits=Limits(max_body=256)) == [413, 413, 415, 200]
+    assert run(loaded, ask, limits=Limits(max_body=256)) == [413, 413, 415, 415, 200]
 
 
 def test_max_tokens_limit(loaded: LoadedModel) -> None:
@@ -94,8 +98,73 @@ def test_open_paths_need_no_key(loaded: LoadedModel, path: str) -> None:
         assert all("tiny" not in a.text for a in answers if a.status_code == 401)
         return [answer.status_code for answer in answers]
 
-    open_, guarded = [200] * 6, [401, 200, 401, 401, 401, 401]
+    open_, guarded = [200] * 6, [401, 200, 401, 401, 200, 401]
     assert run(loaded, ask, key="k") == open_ + guarded + guarded
+
+
+def test_wrong_methods_name_the_right_ones(loaded: LoadedModel) -> None:
+    async def ask(_: Service, client: httpx.AsyncClient) -> None:
+        for path in ("/", "/health", "/health/live", "/metrics", "/v1/models", "/v1/models/tiny"):
+            assert (await client.head(path)).status_code == 200
+        wrong = await client.get("/v1/completions")
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, "POST")
+        assert set((await client.put("/health")).headers["allow"].split(", ")) == {"GET", "HEAD"}
+        unknown = await client.get("/" + "a" * 10_000)
+        assert len(unknown.content) < 400
+
+    run(loaded, ask)
+
+
+@pytest.mark.parametrize("given", ["Bearer k-1", "bearer k-1", "BEARER  k-1 "])
+def test_the_key_is_compared_not_the_word_before_it(loaded: LoadedModel, given: str) -> None:
+    async def ask(_: Service, client: httpx.AsyncClient) -> list[int]:
+        headers = ({"authorization": value} for value in (given, "k-1", "Basic k-1", "Bearer K-1"))
+        return [(await client.get("/metrics", headers=found)).status_code for found in headers]
+
+    assert run(loaded, ask, key="k-1") == [200, 401, 401, 401]
+
+
+@pytest.mark.parametrize(
+    ("host", "public"),
+    [
+        ("localhost:8000", False), ("127.0.0.1", False), ("[::1]:8000", False), ("box", False),
+        ("host.docker.internal:80", False), ("a.localhost", False), ("10.0.0.7:1", False),
+        ("evil.example:8000", True), ("127.0.0.1.evil.example", True), ("localhost.a.b.", True),
+    ],
+)  # fmt: skip
+def test_a_public_name_does_not_reach_a_server_on_localhost(
+    loaded: LoadedModel, host: str, public: bool
+) -> None:
+    async def ask(service: Service, _: httpx.AsyncClient) -> int:
+        transport = httpx.ASGITransport(make_app(service, local=True))
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            answer = await client.post("/v1/completions", json=BODY, headers={"host": host})
+        return answer.status_code
+
+    assert run(loaded, ask) == (403 if public else 200)
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "reason"),
+    [
+        ({"min_p": 0.1}, "min_p", "knows no such field"),
+        ({"audio": {}}, "audio", "knows no such field"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+         "messages.0.user.content.parts.0.type", "'text'"),
+        ({"messages": [{"role": "user", "content": 1}]}, "messages.0.user.content.text", "string"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_named(
+    loaded: LoadedModel, changes: dict[str, Any], param: str, reason: str
+) -> None:
+    async def ask(_: Service, client: httpx.AsyncClient) -> dict[str, str]:
+        answer = await client.post("/v1/chat/completions", json=CHAT | changes)
+        assert answer.status_code == 400
+        return answer.json()["error"]
+
+    error = run(loaded, ask)
+    assert error["param"] == param
+    assert reason in error["message"]
 
 
 def test_chat_logprobs_leave_the_end_of_turn_out(loaded: LoadedModel) -> None:
