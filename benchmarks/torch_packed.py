@@ -203,19 +203,23 @@ def copies(size: int) -> int:
     return max(2, min(64, int(FLUSHED / size) + 1))
 
 
-def measure(name: str, report: dict[str, Any], seconds: float) -> None:
-    """All candidates of a preset, then the default tiles beside bfloat16."""
+def measure(name: str, seconds: float, keep: Callable[[str, Any], None]) -> None:
+    """All candidates of a preset, then the default tiles beside bfloat16; what fails is told."""
     import torch
 
     for product, (height, width) in shapes(name).items():
         buffers = Buffers(height, width)
-        for bits in (4, 8):
-            found = measure_packed(name, product, bits, buffers, seconds)
-            report[f"{name} {product} {bits} bits"] = found
-            print(name, product, bits, "bits:", json.dumps(found), flush=True)
-        found = vendor(height, width, buffers)
-        report[f"{name} {product} bfloat16"] = found
-        print(name, product, "bfloat16:", json.dumps(found), flush=True)
+        work: dict[str, Callable[[], dict[str, Any]]] = {
+            f"{bits} bits": partial(measure_packed, name, product, bits, buffers, seconds)
+            for bits in (4, 8)
+        }
+        work["bfloat16"] = partial(vendor, height, width, buffers)
+        for form, run in work.items():
+            try:
+                found = run()
+            except Exception as error:
+                found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            keep(f"{name} {product} {form}", found)
         SCRATCH.clear()
         torch.cuda.empty_cache()
 
@@ -299,10 +303,15 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: {len(items)} kernels, {len(errors)} failed,")
     print(f"compiled in {time.monotonic() - start:.0f} s", *errors[:5], sep="\n", flush=True)
     report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "errors": errors}
-    for name in names:
-        measure(name, report, each)
+
+    def keep(label: str, found: Any) -> None:
+        report[label] = found
+        print(f"{label}:", json.dumps(found), flush=True)
         if options.json:
             options.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    for name in names:
+        measure(name, each, keep)
 
 
 if __name__ == "__main__":
