@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
+from qwen2kit.cli.drafting import (
+    DraftOption,
+    PromptLookupOption,
+    check_guessing,
+    drafter_maker,
+)
 from qwen2kit.cli.model_options import (
     BackendName,
     CacheBits,
@@ -79,6 +84,7 @@ def bench(
         new=new,
         repeats=repeats,
     )
+    check_guessing(draft, prompt_lookup)
     _check_plot(plot)
     plan = ExecutionPlan(device=device, dtype=dtype, weight_bits=weight_bits, cache_bits=cache_bits)
     screen = console()

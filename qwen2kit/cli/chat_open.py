@@ -8,7 +8,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwen2kit.cli.drafting import drafter_maker
+from qwen2kit.cli.drafting import check_guessing, drafter_maker
 from qwen2kit.cli.output import console, show_notes
 from qwen2kit.errors import ConfigError
 
@@ -54,6 +54,7 @@ def open_session(
     with redirect_stdout(sys.stderr):  # running the file may print
         tools = [] if extras.tools is None else load_tools(extras.tools)
     schema = _schema(extras)
+    check_guessing(extras.draft, extras.prompt_lookup)
     screen = console()
     with screen.status(f"loading {model}"):
         loaded = load_model(model, backend=backend, plan=plan, adapter=extras.adapter)

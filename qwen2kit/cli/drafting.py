@@ -29,6 +29,18 @@ PromptLookupOption = Annotated[
 ]
 
 
+def check_guessing(draft: str | None, prompt_lookup: int | None) -> None:
+    """What can be known before a model is loaded.
+
+    Raises:
+        ConfigError: both options, or a number that is not positive.
+    """
+    if draft is not None and prompt_lookup is not None:
+        raise ConfigError("--draft and --prompt-lookup are two ways to guess; give one of them")
+    if prompt_lookup is not None and prompt_lookup < 1:
+        raise ConfigError(f"prompt lookup must guess at least 1 token, got {prompt_lookup}")
+
+
 def drafter_maker(
     loaded: LoadedModel, draft: str | None, prompt_lookup: int | None
 ) -> Callable[[int, int], Drafter] | None:
@@ -38,12 +50,10 @@ def drafter_maker(
         ConfigError: both options, a number that is not positive, or another tokenizer.
         Qwen2KitError: the draft model cannot be loaded.
     """
-    if draft is not None and prompt_lookup is not None:
-        raise ConfigError("--draft and --prompt-lookup are two ways to guess; give one of them")
+    check_guessing(draft, prompt_lookup)
     if prompt_lookup is not None:
         from qwen2kit.engine.prompt_lookup import PromptLookup
 
-        PromptLookup(prompt_lookup)
         return lambda slots, capacity: PromptLookup(prompt_lookup)
     return None if draft is None else _draft_model(loaded, draft)
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwen2kit.cli.drafting import DraftOption, PromptLookupOption, drafter_maker
+from qwen2kit.cli.drafting import (
+    DraftOption,
+    PromptLookupOption,
+    check_guessing,
+    drafter_maker,
+)
 from qwen2kit.cli.model_options import (
     Adapter,
     BackendName,
@@ -78,6 +83,7 @@ def serve(
     """Serve a model over HTTP: OpenAI's API, metrics, and a chat page at /."""
     _require_extra()
     _check_key(api_key)
+    check_guessing(draft, prompt_lookup)
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.engine.text import TextEngine
     from qwen2kit.serve.limits import Limits

@@ -83,6 +83,8 @@ def test_what_becomes_of_packed_weights_is_told() -> None:
         (("--random", "tiny", "--streams", "9" * 400), "make no sense"),
         (("--random", "tiny", "--plot", "curves.txt"), "name a .png file"),
         (("--random", "tiny", "--plot", "absent/curves.png"), "no directory absent"),
+        (("absent", "--draft", "x", "--prompt-lookup", "4"), "give one of them"),
+        (("absent", "--prompt-lookup", "0"), "at least 1 token"),
         (("--random", "huge"), "unknown preset"),
         (("--random", "tiny", "--prompt-lookup", "4"), "nothing that could be guessed"),
     ],
