@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from importlib.resources import files
@@ -57,14 +58,21 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``tree`` with ``key=value`` overrides applied in order, those of a ``kind`` first,
-    because another kind removes what belongs to the old one.
+    """A copy of ``tree`` with ``key=value`` overrides applied in order. Another ``kind`` removes
+    what belongs to the old one, so one that is set once comes first.
 
     Raises:
         ConfigError: an override has no ``=`` or goes through something that is not a table.
     """
     changed = deepcopy(dict(tree))
-    for text in sorted(overrides, key=lambda text: not _names_kind(text)):
+    keys = Counter(map(_key, overrides))
+
+    def place(text: str) -> tuple[bool, int]:
+        key = _key(text)
+        early = key.endswith(".kind") and keys[key] == 1
+        return not early, key.count(".") if early else 0  # an outer kind before an inner one
+
+    for text in sorted(overrides, key=place):
         _apply(changed, text)
     return changed
 
@@ -121,8 +129,8 @@ def _same_kind(old: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
     return bool(value.get("kind", old.get("kind")) == old.get("kind"))
 
 
-def _names_kind(override: str) -> bool:
-    return override.partition("=")[0].strip().endswith(".kind")
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip()
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

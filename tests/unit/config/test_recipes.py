@@ -204,15 +204,15 @@ def test_overrides_are_typed_as_toml_and_bare_words_are_strings() -> None:
             "train.optimizer.betas=[0.8, 0.9]",
             "eval.questions=0",
             "data.paths=['a.jsonl']",  # of the new kind, which removes what the old one had
-            "data.kind=jsonl",
             "data.format.kind=sharegpt",
+            "data.kind=jsonl",
             "name=run one",
             "train.epochs=2",
         ],
     )
     assert config.train.lr == 1e-5
     assert config.train.optimizer.betas == (0.8, 0.9)
-    assert config.data.kind == "jsonl"
+    assert (config.data.kind, config.data.format.kind) == ("jsonl", "sharegpt")
     assert config.name == "run one"
     assert config.train.steps is None
 
