@@ -90,6 +90,11 @@ def encode_corpus(
         assert not isinstance(data, EmbeddedData)
         examples = _counted(encode_documents(data, read_rows(data), tokenizer), report)
     corpus = collect(examples)
+    if len(corpus) == 0 and report.dropped:
+        raise DataError(
+            f"all {report.rows} conversations were cut at seq_len={seq_len} before there is "
+            "anything to learn; raise seq_len"
+        )
     if len(corpus) == 0:
         where = "" if isinstance(data, EmbeddedData) else f" ({', '.join(data.paths)})"
         raise DataError(f"the data holds no example to train on{where}; check its paths and format")

@@ -42,8 +42,8 @@ def to_messages(row: Row, format: RowFormat, system: str | None) -> list[Message
     """The conversation in ``row``, with ``system`` put in front if it has no system message.
 
     Raises:
-        DataError: a column is missing or of the wrong type, a role is unknown, or no assistant
-            message has text.
+        DataError: a column is missing or of the wrong type, a role is unknown, a message calls
+            tools or has a weight other than 1, or no assistant message has text.
     """
     messages = _read(row, format)
     if not any(m["role"] == "assistant" and m["content"] for m in messages):
@@ -94,9 +94,21 @@ def _turns(
             raise row.error(
                 f"{column}[{index}].{role_key} is {role!r}; known: {', '.join(sorted(roles))}"
             )
+        _check_all_is_read(row, turn, f"{column}[{index}]")
         content = _text(row, turn, text_key, f"{column}[{index}].")
         messages.append({"role": roles[role], "content": content})
     return messages
+
+
+def _check_all_is_read(row: Row, turn: Mapping[str, Any], place: str) -> None:
+    """Of a turn its role and text are read; refuse what would silently change what is learned."""
+    for key in ("tool_calls", "function_call"):
+        if turn.get(key):
+            raise row.error(f"{place}.{key} is not read; write the call into its text")
+    if turn.get("weight") not in (None, 1):
+        raise row.error(
+            f"{place}.weight is {turn['weight']!r}, but every answer counts; leave the row out"
+        )
 
 
 def _text(row: Row, columns: Mapping[str, Any], key: str, prefix: str = "") -> str:

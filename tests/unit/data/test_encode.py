@@ -89,6 +89,9 @@ def test_too_long_conversations_are_refused_or_counted(
     assert corpus.lengths.max() == 81
     assert (report.truncated, report.dropped, report.rows) == (2, 1, 3)
     assert len(report.notes()) == 2
+    write(tmp_path / "a.jsonl", rows[2:])
+    with pytest.raises(DataError, match="all 1 conversations were cut at seq_len=80 before"):
+        encode_corpus(data, tokenizer, task="sft", seq_len=80, too_long="truncate")
 
 
 def test_errors_name_the_row_and_empty_data_is_refused(

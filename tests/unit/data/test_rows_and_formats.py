@@ -117,6 +117,11 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     [
         ({"messages": [USER, BOT]}, MessagesFormat(), [USER, BOT]),
         ({"c": [USER, BOT]}, MessagesFormat(column="c"), [USER, BOT]),
+        (
+            {"messages": [USER, BOT | {"tool_calls": None, "weight": 1}]},
+            MessagesFormat(),
+            [USER, BOT],
+        ),
         ({"prompt": "hi", "response": "yo"}, PromptResponseFormat(), [USER, BOT]),
         ({"instruction": "hi", "input": "", "output": "yo"}, AlpacaFormat(), [USER, BOT]),
         ({"instruction": "hi", "output": "yo"}, AlpacaFormat(), [USER, BOT]),
@@ -163,6 +168,16 @@ def test_system_message_is_added_only_where_there_is_none() -> None:
         ({"messages": [{"role": [], "content": ""}]}, MessagesFormat(), r"role is \[\]"),
         ({"messages": [USER, {"role": "assistant"}]}, MessagesFormat(), "content must be text but"),
         ({"messages": [USER]}, MessagesFormat(), "no assistant message"),
+        (
+            {"messages": [USER, BOT | {"tool_calls": [{"function": {"name": "f"}}]}]},
+            MessagesFormat(),
+            r"messages\[1\]\.tool_calls is not read",
+        ),
+        (
+            {"messages": [USER, BOT | {"weight": 0}]},
+            MessagesFormat(),
+            r"\[1\]\.weight is 0, but every",
+        ),
         ({"messages": [USER, BOT | {"content": ""}]}, MessagesFormat(), "no assistant message"),
         ({"prompt": "x"}, PromptResponseFormat(), "response must be text but is missing"),
         ({"instruction": 3, "output": "y"}, AlpacaFormat(), "instruction must be text but is int"),
