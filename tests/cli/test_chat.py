@@ -287,24 +287,33 @@ def test_a_closed_stdin_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_in_one_shot_mode_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    import array
+    import fcntl
     import os
     import subprocess
     import sys
+    import termios
     import time
 
     os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    os.write(pipe, b"begun")
     process = subprocess.Popen(
         [sys.executable, "-m", "qwen2kit", "chat", str(model_dir)],
-        stdin=os.open(tmp_path / "pipe", os.O_RDWR),
+        stdin=pipe,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A test run started in the background hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(2.0)  # it now waits for its input, which never ends
+    left = array.array("i", [1])
+    while left[0]:  # until it reads its input, which never ends
+        assert process.poll() is None
+        time.sleep(0.01)
+        fcntl.ioctl(pipe, termios.FIONREAD, left)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "error: interrupted\n"
 

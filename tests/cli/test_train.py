@@ -191,14 +191,13 @@ def test_a_signal_saves_and_stops_and_the_run_can_go_on(
     ]  # fmt: skip
     env = {**os.environ, **OFFLINE, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(args, stderr=subprocess.PIPE, text=True, env=env)
-    deadline = time.monotonic() + 100
     metrics = path / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
+    while process.poll() is None:
         if metrics.exists() and metrics.read_text().count('"step"') > 4:
             break
-        time.sleep(0.2)
+        time.sleep(0.05)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=600)
     assert process.returncode == 128 + number, stderr
     assert f"stopped by {number.name} after step" in stderr
     assert "Traceback" not in stderr

@@ -17,7 +17,7 @@ from qwen2kit.config.load import load_recipe
 from qwen2kit.config.tree import RunConfig
 
 _LOADED = ["torch.distributed", "qwen2kit_torch.train.model", "qwen2kit.train.run", __name__]
-PATIENCE = 60.0
+PATIENCE = 600.0  # for what hangs, however busy the machine is
 
 TINY = (
     "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=2",

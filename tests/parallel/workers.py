@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+_PATIENCE = 600  # for what hangs, however busy the machine is
 _LOADED = ["torch.distributed.pipelining", "qwen2kit_torch.train.model", "tests.parallel.curves"]
 
 
@@ -36,7 +37,7 @@ def run_on(
         pipes.append(receiver)
         children.append(child)
     try:
-        outcomes = [pipe.recv() if pipe.poll(180) else (False, "no answer") for pipe in pipes]
+        outcomes = [pipe.recv() if pipe.poll(_PATIENCE) else (False, "no answer") for pipe in pipes]
     except EOFError:
         outcomes = [(False, "a process died")]
     finally:
@@ -57,7 +58,7 @@ def _work(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    faulthandler.dump_traceback_later(150)
+    faulthandler.dump_traceback_later(_PATIENCE - 30)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": str(world),

@@ -349,7 +349,7 @@ def test_programs_die_with_their_caller(sandbox: Sandbox) -> None:
     until(lambda: launchers() == [])
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline

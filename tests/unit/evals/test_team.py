@@ -28,7 +28,7 @@ class Threads:
 
     def __init__(self, world: int) -> None:
         self.world = world
-        self._gate = threading.Barrier(world, timeout=60)
+        self._gate = threading.Barrier(world, timeout=300)
         self._value: Any = None
 
     def seat(self, rank: int) -> Any:

@@ -41,7 +41,7 @@ time.sleep(60)
 def said(process: subprocess.Popen[bytes]) -> str:
     """The next line; reads no further than that."""
     assert process.stdout is not None
-    assert select.select([process.stdout], [], [], 30)[0], "nothing was said"
+    assert select.select([process.stdout], [], [], 300)[0], "nothing was said"
     return process.stdout.readline().decode()
 
 

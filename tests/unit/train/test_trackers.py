@@ -106,7 +106,7 @@ def test_wandb_offline_writes_its_own_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("WANDB_MODE", "offline")
     fill(one(recipe("logging.wandb=tiny"), tmp_path), held_out(0, 9.0), step(1, 3.0), step(2, 2.0))
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 300
     while len(losses := logged_losses(file)) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)  # a process of theirs writes it
     assert losses == [(1, 3.0), (2, 2.0)]

@@ -14,7 +14,7 @@ class _Table:
     """Where the members of a team put what they say."""
 
     def __init__(self, world: int) -> None:
-        self.barrier = threading.Barrier(world, timeout=20)
+        self.barrier = threading.Barrier(world, timeout=300)
         self.said: list[Any] = [None] * world
 
 
