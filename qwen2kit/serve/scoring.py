@@ -79,17 +79,20 @@ class PromptScorer:
         or with why there are none. Where no slot is free, they wait."""
         ended: list[Ended] = []
         turns: list[Turn] = []
-        left = self._piece
+        left, full = self._piece, False
         for scoring in scorings:
-            if self._begins_like_one_of(turns, scoring):
+            if not left:
+                break
+            if scoring.slot is None and (full or self._begins_like_one_of(turns, scoring)):
                 continue
             try:
-                if not left or not self._seat(scoring):
-                    break
+                seated = self._seat(scoring)
             except BackendError as error:
                 ended.append((scoring, invalid(str(error))))
                 continue
-            if scoring.done:
+            if not seated:
+                full = True  # those that have a slot go on
+            elif scoring.done:
                 ended.append((scoring, scoring.scores))
             else:
                 turns.append((scoring, _feed(scoring, left)))
@@ -105,8 +108,6 @@ class PromptScorer:
 
     def _begins_like_one_of(self, turns: Sequence[Turn], scoring: Scoring) -> bool:
         """Whether to wait: another one computes what this one begins with."""
-        if scoring.slot is not None:
-            return False
         if scoring.after is not None and scoring.after.slot is not None:
             return True
         scoring.scores = self._memory.recall(scoring.prompt, scoring.top)

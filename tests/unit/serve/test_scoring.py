@@ -16,8 +16,11 @@ from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.slots import Feed
 from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.engine.recompute import RecomputingSlots
+from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import BackendError
 from qwen2kit.serve.limits import Limits
+from qwen2kit.serve.score_memory import PromptScores, ScoreMemory, TokenScore
+from qwen2kit.serve.scoring import PromptScorer, Scoring
 from tests.unit.serve.in_process import CAPACITY, serving
 
 PROMPT = [(7 * n) % 200 + 1 for n in range(30)]
@@ -142,6 +145,42 @@ def test_a_long_prompt_holds_up_neither_text_nor_for_ever_others(loaded: LoadedM
                 np.testing.assert_allclose(_token_logprobs(answer)[1:], wanted, atol=1e-4)
 
     asyncio.run(run())
+
+
+def test_old_scores_are_forgotten() -> None:
+    memory = ScoreMemory()
+    likeliest = tuple((n, -1.0) for n in range(20))
+    scores = [TokenScore(2, -0.5, likeliest)] * 999
+    for n in range(20):
+        memory.keep((n, *[2] * 999), 20, scores)
+    lengths = [len(memory.recall((n, *[2] * 999, 3), 20)) for n in range(20)]
+    kept = sum(length == 999 for length in lengths)
+    assert lengths == [0] * (20 - kept) + [999] * kept
+    assert kept * 999 * 21 <= 1 << 17
+    assert memory.recall((19, 2, 2, 7), 1) == [TokenScore(2, -0.5, likeliest[:1])] * 2
+    assert memory.recall((19, 2, 2, 7), 21) == []
+    for n in range(100):
+        memory.keep((n, 1), 0, scores[:1])
+    assert memory.recall((35, 1), 0) == []
+
+
+def test_who_has_a_slot_goes_on_while_an_older_one_waits(loaded: LoadedModel) -> None:
+    with TextEngine(loaded, slots=1, capacity=CAPACITY) as engine:
+        future = cast("asyncio.Future[PromptScores]", None)
+        older, newer = (Scoring((n, *PROMPT), 0, future) for n in (5, 6))
+        place = engine.engine.lend(newer.prompt)
+        assert place is not None
+        newer.slot = place.slot
+        scorer = PromptScorer(engine, piece=16)
+        assert scorer.advance([older, newer]) == []
+        ((first, _),) = scorer.advance([older, newer])
+        assert first is newer
+        assert scorer.advance([older]) == []
+        ((second, scores),) = scorer.advance([older])
+    assert second is older
+    assert isinstance(scores, list)
+    found = [score.logprob for score in scores]
+    np.testing.assert_allclose(found, _logprobs_of(loaded, older.prompt), atol=1e-4)
 
 
 def test_nan_is_the_failure_of_its_own_prompt(loaded: LoadedModel) -> None:
