@@ -119,10 +119,14 @@ def warn_about_controls(session: ChatSession, text: str) -> None:
 
 
 def _asked(manner: Manner) -> bool:
-    """Whether the user says yes; ``a`` means yes from now on."""
+    """Whether the user says yes; ``a`` means yes from now on, Ctrl-D no."""
     if not sys.stdin.isatty():
         return False
-    reply = console().input("run it? [y/N/a(lways)] ", markup=False).strip().lower()
+    try:
+        reply = console().input("run it? [y/N/a(lways)] ", markup=False).strip().lower()
+    except (EOFError, UnicodeDecodeError):
+        reply = ""
+        say("")
     manner.yes_tools = reply in ("a", "always")
     return reply in ("y", "yes", "a", "always")
 

@@ -165,6 +165,17 @@ def test_leave_is_asked_for(
     assert "add(a=1, b=2)" in capsys.readouterr().err
 
 
+def test_no_answer_is_no_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(*_: object) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", end)
+    pending = _pending()
+    decide(pending, Manner())
+    assert pending.result == DECLINED
+
+
 def test_without_a_terminal_nothing_runs_unless_allowed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
