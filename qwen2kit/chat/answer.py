@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "interrupted"]
 DECLINED = "error: the user does not allow this call"
+_INTERRUPTED = "error: the user stopped this call before it ended"
 
 
 @dataclass(slots=True)
@@ -33,6 +34,7 @@ class PendingCall:
 
     def run(self) -> None:
         """Call the function."""
+        self.result = _INTERRUPTED
         self.result = self.tool.run(self.call.arguments)
 
 

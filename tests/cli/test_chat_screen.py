@@ -165,6 +165,16 @@ def test_leave_is_asked_for(
     assert "add(a=1, b=2)" in capsys.readouterr().err
 
 
+def test_a_call_that_is_interrupted_was_not_declined() -> None:
+    def endless() -> str:
+        raise KeyboardInterrupt
+
+    pending = PendingCall(ToolCall("endless", {}), tool_of(endless))
+    with pytest.raises(KeyboardInterrupt):
+        decide(pending, Manner(yes_tools=True))
+    assert "stopped this call" in pending.result
+
+
 def test_no_answer_is_no_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(*_: object) -> str:
         raise EOFError
