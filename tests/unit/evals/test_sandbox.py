@@ -335,7 +335,7 @@ for name, *arguments in (
 
 @pytest.mark.usefixtures("nothing_left")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_programs_die_with_their_caller(sandbox: Sandbox) -> None:
+def test_programs_die_with_their_caller(sandbox: Sandbox, tmp_path: Path) -> None:
     caller = (
         "from qwen2kit_evals.sandbox import run\n"
         "from qwen2kit_evals.sandbox.limits import Limits\n"
@@ -343,7 +343,9 @@ def test_programs_die_with_their_caller(sandbox: Sandbox) -> None:
         f"sandbox = run.Sandbox(layers={sandbox.layers!r}, limits=Limits(seconds=60.0))\n"
         "sandbox.run('while True: pass')"
     )
-    with subprocess.Popen([sys.executable, "-c", caller]) as process:
+    # A killed caller leaves the program's directory behind.
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", caller], env=environment) as process:
         until(lambda: len(launchers()) >= 2)
         process.send_signal(signal.SIGKILL)
     until(lambda: launchers() == [])
