@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc"),
 ]
 
-QUESTIONS = 1000
+QUESTIONS = 400
 LOGS = ("requests.jsonl", "requests-1.jsonl")
 
 
@@ -79,7 +81,19 @@ def processes_of_rank(rank: int, home: Path) -> list[int]:
 
 
 def interrupted(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int, str]:
-    """Start a run, ``kill(pid)`` once both processes have answers; its code and error output."""
+    """Start a run, ``kill(pid)`` once both processes have answers; its code and error output.
+
+    Again from the start where it was over before this process got to look.
+    """
+    for _ in range(9):
+        code, errors = begun_and_killed(home, run, kill)
+        if len(keys(home, run)) < 4 * QUESTIONS:
+            return code, errors
+        shutil.rmtree(home / run)
+    raise AssertionError("it was always over before")
+
+
+def begun_and_killed(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int, str]:
     child = subprocess.Popen(
         [sys.executable, "-m", "qwen2kit", *arguments(home, run), "--nproc", "2"],
         cwd=home,
@@ -89,14 +103,14 @@ def interrupted(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int,
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and child.poll() is None:
+    while child.poll() is None:
         logs = [home / run / name for name in LOGS]
         if all(log.exists() and log.stat().st_size > 500 for log in logs):
             break
         time.sleep(0.002)
-    kill(child.pid)
-    _, errors = child.communicate(timeout=60)
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # over meanwhile
+        kill(child.pid)
+    _, errors = child.communicate(timeout=600)
     return child.returncode, errors
 
 
@@ -122,8 +136,9 @@ def test_a_killed_command_takes_its_team_along(home: Path, undisturbed: dict[str
 def test_a_killed_launcher_takes_its_team_along(home: Path, undisturbed: dict[str, Any]) -> None:
     def kill_launcher(pid: int) -> None:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        assert len(children) == 1
-        os.kill(int(children[0]), signal.SIGKILL)
+        assert len(children) <= 1
+        for launcher in children:
+            os.kill(int(launcher), signal.SIGKILL)
 
     code, errors = interrupted(home, "launcher", kill_launcher)
     assert code > 0
@@ -135,7 +150,7 @@ def test_a_killed_launcher_takes_its_team_along(home: Path, undisturbed: dict[st
 
 def ended(home: Path) -> None:
     """Wait until no process of a team is left."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while processes_of_rank(0, home) or processes_of_rank(1, home):
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -172,7 +187,7 @@ def check(home: Path, run: str, undisturbed: dict[str, Any]) -> None:
 
 def document(home: Path, run: str, *options: str) -> dict[str, Any]:
     cache = {"HF_DATASETS_CACHE": str(home / "cache")}
-    done = run_cli(*arguments(home, run), *options, cwd=home, env=cache, timeout=300)
+    done = run_cli(*arguments(home, run), *options, cwd=home, env=cache)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
