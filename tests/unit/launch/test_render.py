@@ -170,18 +170,21 @@ def test_what_cannot_be_a_job_is_refused() -> None:
 
 def test_the_command_line_checks_the_recipe_and_prints_the_job() -> None:
     done = run_cli(
-        "launch", "slurm", "tiny", "train.lr=1e-3", "--run-dir", "runs/x", "--nodes", "2",
-        "--gpus-per-node", "4", "--python", "python3",
+        "launch", "slurm", "tiny", "train.micro_batch_rows=2", "--run-dir", "runs/x",
+        "--nodes", "2", "--gpus-per-node", "4", "--python", "python3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     command = next(line for line in done.stdout.splitlines() if line.startswith("' process "))
     words = shlex.split(command[2:])
-    assert words[1:7] == ["python3", "-m", "qwen2kit", "train", "tiny", "train.lr=1e-3"]
+    assert words[1:7] == ["python3", "-m", "qwen2kit", "train", "tiny", "train.micro_batch_rows=2"]
     assert words[7] == "--run-dir"
     assert words[8].endswith("/runs/x")
     assert words[9] == "--auto-resume"
     pod = ("--image", "i", "--claim", "c")
     for message, args in {
+        "micro_batch_rows=16 does not divide the 8 rows": (
+            "slurm", "tiny", "--run-dir", "x", "--nodes", "2",
+        ),
         "8 processes cannot be divided by tp=3 = 3": (
             "slurm", "tiny", "parallel.tp=3", "--run-dir", "x", "--nodes", "8",
         ),
