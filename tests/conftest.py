@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Tests run in as many processes as there are cores; more threads would only be in their way.
+# Tests keep every core busy with processes; more threads would only be in their way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -22,6 +22,11 @@ REAL_MODEL = Path(
         Path.home() / ".cache/qwen2kit-real-model/qwen2.5-coder-0.5b-instruct.gguf",
     )
 )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: many tests wait for processes that end, start or are killed."""
+    return (os.cpu_count() or 1) + 1
 
 
 def small_spec(*, tied: bool = True, **changes: object) -> ModelSpec:
