@@ -24,11 +24,6 @@ REAL_MODEL = Path(
 )
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One more than cores: many tests wait for processes that end, start or are killed."""
-    return (os.cpu_count() or 1) + 1
-
-
 def small_spec(*, tied: bool = True, **changes: object) -> ModelSpec:
     """A dense spec of about 100k parameters with grouped heads and an odd vocabulary."""
     values: dict[str, object] = {

@@ -94,6 +94,14 @@ def test_chat_equals_the_command_line(client: Any, model_dir: Path) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 12
 
 
+def assert_same_scores(some: list[Any], others: list[Any]) -> None:
+    """The same tokens; a prompt that was cached meanwhile may round differently."""
+    for one, other in zip(some, others, strict=True):
+        pairs = [(one, other), *zip(one.top_logprobs, other.top_logprobs, strict=True)]
+        assert all(a.bytes == b.bytes for a, b in pairs)
+        assert all(a.logprob == pytest.approx(b.logprob, abs=1e-5) for a, b in pairs)
+
+
 @pytest.mark.parametrize("n", [1, 3])
 def test_stream_says_what_the_whole_answer_says(client: Any, n: int) -> None:
     options = {
@@ -112,7 +120,8 @@ def test_stream_says_what_the_whole_answer_says(client: Any, n: int) -> None:
             tokens[choice.index] += choice.logprobs.content if choice.logprobs else []
             reasons[choice.index] = choice.finish_reason or reasons[choice.index]
     assert texts == [choice.message.content for choice in whole.choices]
-    assert tokens == [choice.logprobs.content for choice in whole.choices]
+    for streamed, choice in zip(tokens, whole.choices, strict=True):
+        assert_same_scores(streamed, choice.logprobs.content)
     assert reasons == [choice.finish_reason for choice in whole.choices]
     assert usage == whole.usage
     assert len(set(texts)) == n  # choices share the seed, not the draws
