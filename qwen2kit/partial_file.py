@@ -52,6 +52,11 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
+def reason_of(error: OSError) -> str:
+    """Why a file could not be written, in words that may stand within a sentence."""
+    return "no space left on the disk" if is_full(error) else error.strerror or str(error)
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 ``text`` so that ``path`` holds either the old or the whole new content."""
     partial = PartialFile(path)

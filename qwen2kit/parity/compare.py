@@ -15,9 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from qwen2kit.common_prefix import common_prefix
 from qwen2kit.parity.layers import Divergence, first_divergence
 from qwen2kit.parity.logit_files import LogitFiles
-from qwen2kit.parity.metrics import LogitDelta, common_prefix, compare_logits, merge_deltas
+from qwen2kit.parity.metrics import LogitDelta, compare_logits, merge_deltas
 from qwen2kit.parity.peers import Peer, PeerLoader
 from qwen2kit.parity.prompts import Prompt
 from qwen2kit.weights.checkpoint import Checkpoint

@@ -119,14 +119,6 @@ def negative_log_likelihood(logits: NDArray[np.float32], tokens: Sequence[int]) 
     return total
 
 
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Number of leading tokens that ``a`` and ``b`` share."""
-    for index, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return index
-    return min(len(a), len(b))
-
-
 class _Histogram:
     """Counts of 16-bit keys."""
 

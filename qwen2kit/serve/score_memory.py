@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
+from qwen2kit.common_prefix import common_prefix
+
 _MOST_PROMPTS: Final = 64
 _MOST_PAIRS: Final = 1 << 17
 """Log-probabilities kept: some 16 MB."""
@@ -55,7 +57,7 @@ class ScoreMemory:
         """Scores of as much of the beginning of ``prompt`` as is known, a new list."""
         best, most = None, 1
         for known in self._known:
-            common = in_common(prompt, known.prompt) if known.top >= top else 0
+            common = common_prefix(prompt, known.prompt) if known.top >= top else 0
             if common > most:
                 best, most = known, common
         if best is None:
@@ -64,9 +66,3 @@ class ScoreMemory:
         if best.top == top:
             return scores
         return [TokenScore(score.token, score.logprob, score.top[:top]) for score in scores]
-
-
-def in_common(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """How many ids both begin with."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))

@@ -16,10 +16,11 @@ from typing import Final
 import numpy as np
 
 from qwen2kit.backend.slots import Edit, Feed, Shortlist
+from qwen2kit.common_prefix import common_prefix
 from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import BackendError
 from qwen2kit.serve.errors import ApiError, invalid, no_memory, non_finite
-from qwen2kit.serve.score_memory import PromptScores, ScoreMemory, TokenScore, in_common
+from qwen2kit.serve.score_memory import PromptScores, ScoreMemory, TokenScore
 
 _WORTH_WAITING: Final = 8
 """Tokens in common from which on a prompt waits for the scores of another one."""
@@ -112,7 +113,7 @@ class PromptScorer:
             return True
         scoring.scores = self._memory.recall(scoring.prompt, scoring.top)
         known = len(scoring.scores) + _WORTH_WAITING
-        found = (other for other, _ in turns if in_common(scoring.prompt, other.prompt) > known)
+        found = (other for other, _ in turns if common_prefix(scoring.prompt, other.prompt) > known)
         scoring.after = next(found, None)
         return scoring.after is not None
 

@@ -18,7 +18,7 @@ from typing import Any
 from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import Saving
 from qwen2kit.errors import PeerError, TrainingError, WeightError
-from qwen2kit.partial_file import is_full, sync_directory
+from qwen2kit.partial_file import reason_of, sync_directory
 from qwen2kit.train.agreement import settle, together
 from qwen2kit.train.checkpoint_files import (
     OtherVersion,
@@ -204,10 +204,11 @@ class CheckpointStore:
         return self._failure(step, error) if isinstance(error, OSError) else error
 
     def _failure(self, step: int, error: OSError) -> TrainingError:
-        reason = "no space left on the disk" if is_full(error) else error.strerror or str(error)
         kept = self.paths()
         rest = f"{kept[-1].name} is intact" if kept else "no earlier checkpoint exists"
-        return TrainingError(f"cannot save step {step} in {self.directory}: {reason}; {rest}")
+        return TrainingError(
+            f"cannot save step {step} in {self.directory}: {reason_of(error)}; {rest}"
+        )
 
 
 class _FailedSaving:

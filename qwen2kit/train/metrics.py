@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from qwen2kit.errors import TrainingError
-from qwen2kit.partial_file import is_full, write_text_atomically
+from qwen2kit.partial_file import reason_of, write_text_atomically
 
 Record = dict[str, Any]
 
@@ -58,9 +58,8 @@ class JsonlSink:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
         except OSError as error:
-            reason = "no space left on the disk" if is_full(error) else error.strerror
             raise TrainingError(
-                f"cannot write {self.path} at step {record['step']}: {reason}"
+                f"cannot write {self.path} at step {record['step']}: {reason_of(error)}"
             ) from error
 
 

@@ -16,7 +16,7 @@ from qwen2kit.config.freeze import freeze
 from qwen2kit.config.train_tree import RewindSpikes
 from qwen2kit.config.tree import AdapterConfig, RunConfig
 from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError, TrainingError
-from qwen2kit.partial_file import is_full
+from qwen2kit.partial_file import reason_of
 from qwen2kit.train.agreement import numbered, on_first, together
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.curve import plot_run
@@ -281,10 +281,9 @@ class Runner:
         try:
             self._write_model(name)
         except OSError as error:
-            reason = "no space left on the disk" if is_full(error) else error.strerror or str(error)
             raise TrainingError(
-                f"cannot write {self._run_dir / name}: {reason}; when that is mended, go on with "
-                "--resume or --auto-resume: checkpoints are kept"
+                f"cannot write {self._run_dir / name}: {reason_of(error)}; when that is mended, go "
+                "on with --resume or --auto-resume: checkpoints are kept"
             ) from error
 
     def _write_model(self, name: str) -> None:

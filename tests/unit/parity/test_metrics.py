@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
+from qwen2kit.common_prefix import common_prefix
 from qwen2kit.errors import ConfigError, ParityError
 from qwen2kit.parity import metrics
-from qwen2kit.parity.metrics import common_prefix, compare_logits, merge_deltas
+from qwen2kit.parity.metrics import compare_logits, merge_deltas
 from qwen2kit.parity.prompts import prompt_set
 
 
