@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-    from qwen2kit.backend.loading import LoadedModel
     from qwen2kit.backend.plan import ExecutionPlan
     from qwen2kit.backend.protocol import LoadReport
     from qwen2kit.bench.run import Subject
+    from qwen2kit.engine.drafting import Drafter
     from qwen2kit.weights.checkpoint import Checkpoint
 
 
@@ -103,7 +103,7 @@ def bench(
         drafter = None
         if checkpoint is not None:
             show_notes(checkpoint.notes)
-            drafter = drafter_maker(_loaded(subject, checkpoint, report), draft, prompt_lookup)
+            drafter = _drafter(subject, checkpoint, report, draft, prompt_lookup)
         document = run(subject, work, report=report, roof=roof, drafter=drafter, notice=notice)
     for failure in document["failures"]:
         screen.print(f"left out: {failure}", markup=False, soft_wrap=True)
@@ -147,10 +147,18 @@ def _stored(name: str, checkpoint: Checkpoint, backend: str, plan: ExecutionPlan
     )
 
 
-def _loaded(subject: Subject, checkpoint: Checkpoint, report: LoadReport) -> LoadedModel:
+def _drafter(
+    subject: Subject,
+    checkpoint: Checkpoint,
+    report: LoadReport,
+    draft: str | None,
+    prompt_lookup: int | None,
+) -> Callable[[int, int], Drafter] | None:
     from qwen2kit.backend.loading import LoadedModel
 
-    return LoadedModel(
+    if draft is None and prompt_lookup is None:
+        return None
+    loaded = LoadedModel(
         checkpoint=checkpoint,
         tokenizer=checkpoint.tokenizer(),
         backend=subject.backend,
@@ -158,6 +166,7 @@ def _loaded(subject: Subject, checkpoint: Checkpoint, report: LoadReport) -> Loa
         report=report,
         plan=subject.plan,
     )
+    return drafter_maker(loaded, draft, prompt_lookup)
 
 
 def _random(preset_name: str, backend: str, plan: ExecutionPlan) -> Subject:
