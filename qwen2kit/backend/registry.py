@@ -6,6 +6,8 @@ imported before `get`.
 
 from __future__ import annotations
 
+import sys
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
@@ -56,6 +58,12 @@ def installed() -> tuple[str, ...]:
 
 
 def _entries() -> dict[str, EntryPoint]:
+    return _entries_on(tuple(sys.path))
+
+
+@lru_cache(maxsize=1)  # reading the metadata of every installed package takes 10 ms and more
+def _entries_on(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    del path
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 

@@ -58,14 +58,23 @@ def model(
 
 class PackedSource:
     """``base`` with the matrices named in ``formats`` (name -> bits, group size) quantised by
-    MLX itself; `read` gives MLX's own dequantised values."""
+    MLX itself, from values in ``dtype``, which scales then have too (given as float32); `read`
+    gives MLX's own dequantised values."""
 
-    def __init__(self, base: MemorySource, formats: dict[str, tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        base: MemorySource,
+        formats: dict[str, tuple[int, int]],
+        dtype: mx.Dtype = mx.float32,
+    ) -> None:
         self._base, self._packed = base, {}
         for name, (bits, group_size) in formats.items():
-            weight = mx.array(base.read(name).raw())
-            parts = [from_numpy(np.array(part)) for part in mx.quantize(weight, group_size, bits)]
-            self._packed[name] = AffineTensor(*parts, bits=bits, group_size=group_size)
+            weight = mx.array(base.read(name).raw()).astype(dtype)
+            packed, *rest = mx.quantize(weight, group_size, bits)
+            parts = [np.array(part) for part in (packed, *(r.astype(mx.float32) for r in rest))]
+            self._packed[name] = AffineTensor(
+                *map(from_numpy, parts), bits=bits, group_size=group_size
+            )
 
     def names(self) -> tuple[str, ...]:
         return self._base.names()
