@@ -64,6 +64,20 @@ class Edit:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """What is kept of a row's softmax at `Edit.temperature`, and where it is cut.
+
+    Attributes:
+        top_k, top_p: as in `qwen2kit.generate.sampling.Sampling`.
+        point: in [0, 1); of what is kept, by falling score, the token in whose share it falls.
+    """
+
+    top_k: int = 0
+    top_p: float = 1.0
+    point: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Shortlist:
     """The most likely tokens of N rows, and what is needed to know what they leave out.
@@ -130,6 +144,16 @@ class Logits(Protocol):
 
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Unedited float32 logits ``[len(rows), V]``."""
+        ...
+
+
+@runtime_checkable
+class DrawingLogits(Logits, Protocol):
+    """Logits of a device that sorts whole rows faster than they are copied to the host."""
+
+    def draw(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> list[int]:
+        """Ids drawn from some rows, each after its edit (temperature 0 takes the most likely);
+        equal scores by rising id, sums in float64. `BROKEN` where the row is."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Many
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwen2kit.backend.slots import BROKEN, Edit, Logits, Shortlist
+from qwen2kit.backend.slots import BROKEN, DrawingLogits, Edit, Logits, Shortlist
 from qwen2kit.engine.sequence import Sequence
 from qwen2kit.errors import NonFiniteLogits
 from qwen2kit.generate.edit import only_allowed
@@ -50,9 +50,9 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
     going = walks
     while going:
         stuck = [walk for walk in going if not walk.follow(shortlist, heads)]
-        whole = logits.rows([walk.row for walk in stuck]) if stuck else ()
-        for walk, logits_V in zip(stuck, whole, strict=True):
-            walk.add(_whole(walk.sampler, logits_V, walk.edit))
+        found = _from_whole_rows(logits, [(w.row, w.sampler, w.edit) for w in stuck])
+        for walk, drawn in zip(stuck, found, strict=True):
+            walk.add(drawn)
         going = [walk for walk in stuck if not walk.done]
     return [walk.drawn for walk in walks]
 
@@ -68,8 +68,9 @@ def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
         for row, (sampler, head, edit) in enumerate(zip(samplers, heads, edits, strict=True))
     ]
     stuck = [row for row, drawn in enumerate(found) if drawn is None]
-    for row, logits_V in zip(stuck, logits.rows(stuck) if stuck else (), strict=True):
-        found[row] = _whole(samplers[row], logits_V, edits[row])
+    late = _from_whole_rows(logits, [(row, samplers[row], edits[row]) for row in stuck])
+    for row, drawn in zip(stuck, late, strict=True):
+        found[row] = drawn
     return [drawn for drawn in found if drawn is not None]
 
 
@@ -96,6 +97,23 @@ def _short(
     sampler: Sampler, shortlist: Shortlist, head: Head | None, row: int, edit: Edit
 ) -> Drawn | None:
     return Drawn(BROKEN) if head is None else sampler.draw_short(shortlist, head, row, edit)
+
+
+def _from_whole_rows(logits: Logits, stuck: Many[tuple[int, Sampler, Edit]]) -> list[Drawn]:
+    """One token for each row, sampler and edit that a shortlist was not enough for."""
+    if not stuck:
+        return []
+    rows = [row for row, _, _ in stuck]
+    reports = any(sampler.sampling.reports for _, sampler, _ in stuck)
+    if isinstance(logits, DrawingLogits) and not reports:
+        cuts = [sampler.cut() for _, sampler, _ in stuck]
+        tokens = logits.draw(rows, [edit for _, _, edit in stuck], cuts)
+        for token, (_, sampler, _) in zip(tokens, stuck, strict=True):
+            if token != BROKEN:
+                sampler.accept(token)
+        return [Drawn(token) for token in tokens]
+    whole = zip(stuck, logits.rows(rows), strict=True)
+    return [_whole(sampler, logits_V, edit) for (_, sampler, edit), logits_V in whole]
 
 
 def _whole(sampler: Sampler, logits_V: NDArray[np.float32], edit: Edit) -> Drawn:

@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen2kit.errors import NonFiniteLogits
-
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -21,8 +19,7 @@ if TYPE_CHECKING:
     from qwen2kit.backend.slots import Shortlist
     from qwen2kit.generate.sampling import Sampling
 
-_DEVICE_SLACK = 2e-4
-_HOST_SLACK = 1e-9
+_SLACK = 2e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,36 +65,9 @@ def heads_of(shortlist: Shortlist, samplings: Sequence[Sampling]) -> list[Head]:
     complete = np.isneginf(last[:, 0]).tolist()
     tokens, sums = ids.tolist(), cumulative.tolist()
     return [
-        _head(sampling, tokens[i], sums[i], known[i], kept[i], complete[i], mass[i], _DEVICE_SLACK)
+        _head(sampling, tokens[i], sums[i], known[i], kept[i], complete[i], mass[i])
         for i, sampling in enumerate(samplings)
     ]
-
-
-def head_of_row(scores: NDArray[np.float32], size: int, sampling: Sampling) -> Head:
-    """The head of a whole row of edited logits: at least ``size`` tokens, and all that equal the
-    last of them.
-
-    Raises:
-        NonFiniteLogits: the row holds NaN, or nothing finite.
-    """
-    import numpy as np
-
-    best = scores.max()
-    if not np.isfinite(best):
-        raise NonFiniteLogits
-    ids, values = _largest(scores, size)
-    weights = np.exp((values.astype(np.float64) - best) / (sampling.temperature or 1.0))
-    complete = len(ids) == len(scores)
-    kept, mass = len(ids), float(weights.sum())
-    if 0 < sampling.top_k < len(ids):
-        kept = int((values >= values[sampling.top_k - 1]).sum())
-    elif not complete:
-        everything = (scores.astype(np.float64) - best) / (sampling.temperature or 1.0)
-        mass = float(np.exp(everything).sum())
-    cumulative = np.cumsum(weights).tolist()
-    return _head(
-        sampling, ids.tolist(), cumulative, len(ids), kept, complete, mass, _HOST_SLACK
-    )  # fmt: skip
 
 
 def most_likely(logits: NDArray[np.float32], count: int) -> list[int]:
@@ -136,7 +106,6 @@ def _head(
     kept: int,
     complete: bool,
     mass: float,
-    slack: float,
 ) -> Head:
     """``known`` entries are certain, ``complete`` if nothing else has a weight; ``kept`` are at
     least as large as the k-th; ``mass`` is that of the whole row."""
@@ -147,7 +116,7 @@ def _head(
         return Head(ids, cumulative, kept, cumulative[kept - 1], 0.0)
     if complete:
         return Head(ids, cumulative, known, cumulative[known - 1], 0.0)
-    return Head(ids, cumulative, known, mass, slack)
+    return Head(ids, cumulative, known, mass, _SLACK)
 
 
 def _largest(

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qwen2kit.backend.slots import Edit, Shortlist
+from qwen2kit.backend.slots import Cut, Edit, Shortlist
 from qwen2kit.errors import ConfigError
 from qwen2kit.generate.edit import apply_edit
-from qwen2kit.generate.inverse_cdf import Head, head_of_row, locate, log_sum_exp, most_likely
+from qwen2kit.generate.inverse_cdf import Head, locate, log_sum_exp, most_likely
 from qwen2kit.generate.penalties import Changes
+from qwen2kit.generate.whole_row import draw_from_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,14 +202,7 @@ class Sampler:
         """
         edit = edit or self.edit()
         scores = apply_edit(logits, edit)[: edit.limit]
-        token = None
-        for size in (2048, len(scores)):
-            head = head_of_row(scores, size, self.sampling)
-            place = locate(head, self.sampling, self._point)
-            if place is not None:
-                token = head.ids[place]
-                break
-        assert token is not None, "a complete head always suffices"
+        token = draw_from_row(scores, self.sampling, self._point)
         self.accept(token)
         return self._report(token, logits[: edit.limit]) if self.sampling.reports else Drawn(token)
 
@@ -237,6 +231,11 @@ class Sampler:
         count = min(sampling.top_logprobs, int((shortlist.scores[row] > -inf).sum()))
         top = tuple(zip(ids[:count], logprobs[:count], strict=True))
         return Drawn(token, logprobs[ids.index(token)], top)
+
+    def cut(self) -> Cut:
+        """Where the next draw cuts its row."""
+        sampling = self.sampling
+        return Cut(top_k=sampling.top_k, top_p=sampling.top_p, point=self._point)
 
     def accept(self, token: int) -> None:
         """Go on as if ``token`` had been drawn."""

@@ -21,6 +21,7 @@ from qwen2kit_torch.engine.pieces import (
     passes,
     positions_of,
 )
+from qwen2kit_torch.engine.sorted_logits import logits_on_device
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.model import Qwen2
 
@@ -62,7 +63,7 @@ class EagerSlots:
         if all(len(feed.tokens) == 1 for feed in feeds):
             self._model.pack()
         hidden = [self.hidden(pieces) for pieces in passes(feeds, TOKENS_PER_PASS)]
-        return DeviceLogits(self._model.head(torch.cat(hidden)))
+        return logits_on_device(self._model.head(torch.cat(hidden)))
 
     def hidden(self, pieces: Sequence[Piece]) -> Tensor:
         """One pass; final hidden states ``[N, D]`` of the wanted positions."""

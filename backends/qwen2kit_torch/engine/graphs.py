@@ -16,6 +16,7 @@ from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS, passes
 from qwen2kit_torch.engine.prompts import PromptPass
+from qwen2kit_torch.engine.sorted_logits import logits_on_device
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
@@ -60,8 +61,8 @@ class GraphSlots(EagerSlots):
             sizes = [feeds[index].wanted for index in indices]
             found |= dict(zip(indices, torch.split(part, sizes), strict=True))
         if not (long and short):
-            return DeviceLogits(parts[0] if long else parts[1])
-        return DeviceLogits(torch.cat([found[index] for index in range(len(feeds))]))
+            return logits_on_device(parts[0] if long else parts[1])
+        return logits_on_device(torch.cat([found[index] for index in range(len(feeds))]))
 
     def _long(self, feeds: Sequence[Feed], indices: Sequence[int]) -> Tensor:
         """Logits ``[N, V]`` of feeds that go through passes of their own."""

@@ -39,18 +39,13 @@ class DeviceLogits:
     @torch.inference_mode()
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
         """The ``size`` most likely ids of every row after its edit."""
-        raw = self._logits.float()
-        device, vocab = raw.device, raw.shape[1]
-        limits = torch.tensor([vocab if e.limit is None else e.limit for e in edits])
-        out = torch.arange(vocab, device=device) >= limits.to(device)[:, None]
-        raw = raw.masked_fill(out, -torch.inf)
-        scores = _edited(raw, edits)
-        warmth = torch.tensor([e.temperature or 1.0 for e in edits], dtype=torch.float64)
-        top, ids = scores.topk(min(size, vocab))
-        totals = [
-            (scores.double() / warmth.to(device)[:, None]).logsumexp(-1),
-            raw.double().logsumexp(-1),
-        ]
+        raw = below(self._logits.float(), edits, size)
+        scores = edited(raw, edits)
+        warmth = [e.temperature or 1.0 for e in edits]
+        top, ids = scores.topk(min(size, scores.shape[1]))
+        totals = [_log_sum_exp(scores, warmth)]
+        as_is = scores is raw and all(value == 1 for value in warmth)
+        totals.append(totals[0] if as_is else _log_sum_exp(raw, [1.0] * len(edits)))
         parts = [ids, top, raw.gather(1, ids), *(total[:, None] for total in totals)]
         found = torch.cat([part.double() for part in parts], dim=1).cpu().numpy()
         found_ids, found_scores, found_raw = np.split(found[:, :-2], 3, axis=1)
@@ -65,7 +60,30 @@ class DeviceLogits:
         return found
 
 
-def _edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
+def below(raw_NV: Tensor, edits: Sequence[Edit], least: int = 0) -> Tensor:
+    """Logits below each row's limit; the others are left out if that leaves more than ``least``
+    and limits agree, else -inf."""
+    vocab = raw_NV.shape[1]
+    limits = [vocab if edit.limit is None else min(edit.limit, vocab) for edit in edits]
+    most = max(limits, default=vocab)
+    most = vocab if most <= least else most
+    raw_NV = raw_NV[:, :most]
+    if all(limit == most for limit in limits):
+        return raw_NV
+    ends = torch.tensor(limits, device=raw_NV.device)[:, None]
+    return raw_NV.masked_fill(torch.arange(most, device=raw_NV.device) >= ends, -torch.inf)
+
+
+def _log_sum_exp(scores_NV: Tensor, warmth: Sequence[float]) -> Tensor:
+    """float64 ``[N]``, of scores over ``warmth``; terms are float32, their sum float64."""
+    divisors = torch.tensor(warmth, dtype=torch.float64).to(scores_NV.device)
+    best = scores_NV.amax(-1, keepdim=True)
+    terms = (scores_NV - best).div_(divisors.float()[:, None]).exp_()
+    return best[:, 0].double() / divisors + terms.sum(-1, dtype=torch.float64).log()
+
+
+def edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """Logits after penalties, biases and masks."""
     scores = raw_NV
     changed = [(row, edit) for row, edit in enumerate(edits) if edit.ids is not None]
     if changed:
