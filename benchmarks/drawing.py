@@ -54,7 +54,7 @@ def ours(kind: str, logits: Any) -> Callable[[], Any]:
     from qwen2kit.engine.drawing import Block, draw
     from qwen2kit.engine.request import Request
     from qwen2kit.engine.sequence import start
-    from qwen2kit_torch.engine.sorted_logits import logits_on_device
+    from qwen2kit_torch.engine.device_logits import logits_on_device
 
     chance = np.random.default_rng(0)
     sequences = [

@@ -149,7 +149,13 @@ class Logits(Protocol):
 
 @runtime_checkable
 class DrawingLogits(Logits, Protocol):
-    """Logits of a device that sorts whole rows faster than they are copied to the host."""
+    """Logits of a device that draws from whole rows faster than they are copied to the host.
+
+    Attributes:
+        quick: whether it also does so faster than it gives a shortlist.
+    """
+
+    quick: bool
 
     def draw(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> list[int]:
         """Ids drawn from some rows, each after its edit (temperature 0 takes the most likely);

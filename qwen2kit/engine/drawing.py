@@ -8,6 +8,7 @@ have drawn without a draft.
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2kit.backend.slots import BROKEN, DrawingLogits, Edit, Logits, Shortlist
@@ -44,6 +45,8 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
     for block in blocks:
         walks.append(_Walk(block, row))
         row += len(block.draft) + 1
+    if isinstance(logits, DrawingLogits) and logits.quick and all(w.foreseen for w in walks):
+        return _by_the_device(logits, walks)
     size = max(block.sequence.request.sampling.shortlist_size for block in blocks)
     shortlist = logits.shortlist(size, [edit for walk in walks for edit in walk.edits])
     heads = _heads(shortlist, [walk.sampler for walk in walks for _ in walk.edits])
@@ -60,6 +63,8 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
 def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
     """One token per row, each by its own sampler; `BROKEN` where the logits are."""
     edits = [sampler.edit() for sampler in samplers]
+    if isinstance(logits, DrawingLogits) and logits.quick:
+        return _from_whole_rows(logits, list(zip(count(), samplers, edits, strict=False)))
     size = max(sampler.sampling.shortlist_size for sampler in samplers)
     shortlist = logits.shortlist(size, edits)
     heads = _heads(shortlist, samplers)
@@ -87,6 +92,17 @@ def _greedy(best: list[int], blocks: Many[Block]) -> list[list[Drawn]]:
     return found
 
 
+def _by_the_device(logits: DrawingLogits, walks: Many[_Walk]) -> list[list[Drawn]]:
+    """Every row drawn as if the draft before it were right."""
+    edits = [edit for walk in walks for edit in walk.edits]
+    cuts = [walk.sampler.cut(ahead) for walk in walks for ahead in range(len(walk.edits))]
+    tokens = logits.draw(range(len(edits)), edits, cuts)
+    for walk in walks:
+        while not walk.done:
+            walk.take(tokens[walk.row])
+    return [walk.drawn for walk in walks]
+
+
 def _heads(shortlist: Shortlist, samplers: Many[Sampler]) -> list[Head | None]:
     """The heads of all rows; None for broken ones."""
     heads = heads_of(shortlist, [sampler.sampling for sampler in samplers])
@@ -108,12 +124,18 @@ def _from_whole_rows(logits: Logits, stuck: Many[tuple[int, Sampler, Edit]]) -> 
     if isinstance(logits, DrawingLogits) and not reports:
         cuts = [sampler.cut() for _, sampler, _ in stuck]
         tokens = logits.draw(rows, [edit for _, _, edit in stuck], cuts)
-        for token, (_, sampler, _) in zip(tokens, stuck, strict=True):
-            if token != BROKEN:
-                sampler.accept(token)
-        return [Drawn(token) for token in tokens]
+        return [
+            _taken(sampler, token) for token, (_, sampler, _) in zip(tokens, stuck, strict=True)
+        ]
     whole = zip(stuck, logits.rows(rows), strict=True)
     return [_whole(sampler, logits_V, edit) for (_, sampler, edit), logits_V in whole]
+
+
+def _taken(sampler: Sampler, token: int) -> Drawn:
+    """``token`` as the sampler's next draw."""
+    if token != BROKEN:
+        sampler.accept(token)
+    return Drawn(token)
 
 
 def _whole(sampler: Sampler, logits_V: NDArray[np.float32], edit: Edit) -> Drawn:
@@ -151,6 +173,16 @@ class _Walk:
     def row(self) -> int:
         """That of the next draw."""
         return self._first + len(self.drawn)
+
+    @property
+    def foreseen(self) -> bool:
+        """Whether all its rows' edits are final, and ids are all that is wanted."""
+        late = self._draft and self._request.constraint is not None
+        return not (late or self._request.sampling.reports)
+
+    def take(self, token: int) -> None:
+        """Go on after ``token``, which the device has drawn."""
+        self.add(_taken(self.sampler, token))
 
     def follow(self, shortlist: Shortlist, heads: list[Head | None]) -> bool:
         """Draw as long as the shortlist tells; whether that was to the end."""

@@ -232,10 +232,13 @@ class Sampler:
         top = tuple(zip(ids[:count], logprobs[:count], strict=True))
         return Drawn(token, logprobs[ids.index(token)], top)
 
-    def cut(self) -> Cut:
-        """Where the next draw cuts its row."""
+    def cut(self, ahead: int = 0) -> Cut:
+        """Where the draw after ``ahead`` others cuts its row."""
         sampling = self.sampling
-        return Cut(top_k=sampling.top_k, top_p=sampling.top_p, point=self._point)
+        if sampling.temperature == 0:
+            return Cut()
+        point = self._points[self._drawn + ahead]
+        return Cut(top_k=sampling.top_k, top_p=sampling.top_p, point=point)
 
     def accept(self, token: int) -> None:
         """Go on as if ``token`` had been drawn."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from qwen2kit.backend.slots import Feed
 from qwen2kit.weights.tensor import HostTensor
 from qwen2kit_torch.attention import Attend
+from qwen2kit_torch.engine.device_logits import logits_on_device
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import (
@@ -21,7 +22,6 @@ from qwen2kit_torch.engine.pieces import (
     passes,
     positions_of,
 )
-from qwen2kit_torch.engine.sorted_logits import logits_on_device
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.model import Qwen2
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from qwen2kit.backend.slots import Feed
+from qwen2kit_torch.engine.device_logits import logits_on_device
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS, passes
 from qwen2kit_torch.engine.prompts import PromptPass
-from qwen2kit_torch.engine.sorted_logits import logits_on_device
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2

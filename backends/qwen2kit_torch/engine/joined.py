@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -72,7 +73,7 @@ def can_capture(model: Qwen2, device: torch.device) -> bool:
     return (
         device.type == "cuda"
         and torch.cuda.get_device_capability(device) >= _OLDEST
-        and _has_triton()
+        and has_triton()
         and size >= 16
         and size & (size - 1) == 0
         and not any(parameter.requires_grad for parameter in model.parameters())
@@ -81,7 +82,8 @@ def can_capture(model: Qwen2, device: torch.device) -> bool:
     )
 
 
-def _has_triton() -> bool:
+@cache
+def has_triton() -> bool:
     """Whether Triton is there, and the C compiler with which it builds its launchers."""
     compilers = (os.environ.get("CC"), shutil.which("clang"), shutil.which("gcc"))
     return find_spec("triton") is not None and any(compilers)

@@ -14,34 +14,36 @@ from qwen2kit.backend.slots import BROKEN, Cut, Edit
 from qwen2kit_torch.engine.logits import DeviceLogits, below, edited
 from qwen2kit_torch.engine.memory import bounded_by_memory
 
-_ROWS_AT_A_TIME = 32  # 200 MB for a vocabulary of 152 thousand
-
 
 class SortedLogits(DeviceLogits):
-    """Implements `qwen2kit.backend.slots.DrawingLogits`."""
+    """Implements `qwen2kit.backend.slots.DrawingLogits`.
+
+    Attributes:
+        at_a_time: most rows that scratch memory is taken for.
+    """
+
+    quick = False
+    at_a_time = 32  # 200 MB for a vocabulary of 152 thousand
 
     @bounded_by_memory
     @torch.inference_mode()
     def draw(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> list[int]:
         """Ids drawn from some rows; see the protocol."""
-        parts = []
-        for start in range(0, len(rows), _ROWS_AT_A_TIME):
-            some = slice(start, start + _ROWS_AT_A_TIME)
-            index = torch.tensor(list(rows[some]), device=self._logits.device)
-            raw_NV = below(self._logits[index].float(), edits[some])
-            scores_NV = edited(raw_NV, edits[some])
-            parts.append(_drawn(scores_NV, [e.temperature for e in edits[some]], cuts[some]))
+        starts = range(0, len(rows), self.at_a_time)
+        portions = [slice(start, start + self.at_a_time) for start in starts]
+        parts = [self._drawn(rows[some], edits[some], cuts[some]) for some in portions]
         found: list[int] = torch.cat(parts).tolist()
         return found
 
+    def _drawn(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> Tensor:
+        index = torch.tensor(list(rows), device=self._logits.device)
+        scores_NV = edited(below(self._logits[index].float(), edits), edits)
+        return _sorted_and_drawn(scores_NV, [edit.temperature for edit in edits], cuts)
 
-def logits_on_device(logits_NV: Tensor) -> DeviceLogits:
-    """The kind of logits that serves the device best."""
-    kind = DeviceLogits if logits_NV.device.type == "cpu" else SortedLogits
-    return kind(logits_NV)
 
-
-def _drawn(scores_NV: Tensor, temperatures: Sequence[float], cuts: Sequence[Cut]) -> Tensor:
+def _sorted_and_drawn(
+    scores_NV: Tensor, temperatures: Sequence[float], cuts: Sequence[Cut]
+) -> Tensor:
     """int64 ``[N]``: ids, `BROKEN` where a row holds NaN or +inf, or nothing finite."""
     device, vocab = scores_NV.device, scores_NV.shape[1]
 

@@ -19,11 +19,11 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["interpreted_step.py", "interpreted_quantized.py"])
+@pytest.mark.parametrize("name", ["draws", "quantized", "step"])
 def test_kernels_compute_what_the_network_does(name: str) -> None:
     options = ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(HERE / name)],
+        [sys.executable, "-m", "pytest", *options, str(HERE / f"interpreted_{name}.py")],
         cwd=HERE.parents[2],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,

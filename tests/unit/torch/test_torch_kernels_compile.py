@@ -24,7 +24,7 @@ import tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qwen2kit_torch.engine.kernels import attention, packed, products, prompt, rows
+from qwen2kit_torch.engine.kernels import attention, draws, packed, products, prompt, rows
 from qwen2kit_torch.engine.tuning import rows_tile
 
 HIDDEN, HEADS, KV_HEADS, SIZE, FFN, VOCAB = 896, 14, 2, 64, 4864, 151936
@@ -32,6 +32,11 @@ KINDS = dict(
     slots="*i32", positions="*i32", tokens="*i32", history="*i32", step="*i32", limit="*i32",
     tiles="*i32", arrived="*i32", best_ids="*i32", parts="*fp32", weights="*fp32", best="*fp32",
     capacity="i32", count="i32", eps="fp32", scale="fp32", codes="*i32",
+)
+DRAWS = dict(
+    limits="*i32", temperatures="*fp64", top_k="*i32", top_p="*fp64", points="*fp64",
+    peaks="*fp32", weights="*fp64", counts="*i32", keys="*i32", ids="*i32", drawn="*i32",
+    WIDTH="i32",
 )
 
 def stack(cubin):
@@ -121,6 +126,13 @@ for bits in (4, 8):
         BITS=bits, GROUP=64,
     )
     report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
+for kind in ("*bf16", "*fp32"):
+    parts = dict(HEIGHT=VOCAB, PARTS=8, BLOCK=2048)
+    more = parts | dict(SPAN=8, COUNTS=True)
+    kinds = DRAWS | {"logits": kind}
+    report[f"find_peaks {kind}"] = compile(draws.find_peaks, kinds=kinds, **parts)
+    report[f"weigh {kind}"] = compile(draws.weigh, kinds=kinds, **more)
+    report[f"draw {kind}"] = compile(draws.draw, 8, kinds=kinds, **more, CUTS=True)
 print(json.dumps(report))
 """
 
