@@ -2,6 +2,7 @@
 
     python benchmarks/serving.py MODEL [--clients 200] [--seconds 120] [--output FILE.json]
                                  [--malformed 500] [--dropped 200] [--plot FILE.png]
+                                 [--free MS] [--chat] [--greedy]
                                  [-- OPTIONS OF SERVE]
 
 Starts a server with room for all clients in its queue. Every client asks, reads the whole stream,
@@ -14,6 +15,9 @@ On a GPU, with the 0.5B:
 
     python benchmarks/serving.py Qwen/Qwen2-0.5B-Instruct --words 200 --new 64,256 \\
         --output benchmarks/results/serving-0.5b-h100.json -- --slots 128 --dtype bfloat16
+
+With ``--free MS`` the model costs nothing (`free_server.py`): what is left is the server's own
+processor time, which the report has per token and per event.
 
 Latencies are taken by the clients, which share one process (and here also the processor) with
 nobody but each other: time to the first token, between tokens, and of the whole request.
@@ -69,6 +73,7 @@ class Results:
     between: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
     tokens: int = 0
+    events: int = 0
     prompt_tokens: int = 0
     errors: list[str] = field(default_factory=list)
     refused: int = 0
@@ -78,9 +83,15 @@ class Results:
 class Server:
     """The server process, its address and its memory over time."""
 
-    def __init__(self, model: str, clients: int, options: Sequence[str]) -> None:
+    def __init__(
+        self, model: str, clients: int, options: Sequence[str], step_ms: float | None = None
+    ) -> None:
+        command = ["-m", "qwen2kit", "serve", model]
+        if step_ms is not None:
+            free = Path(__file__).with_name("free_server.py")
+            command = [str(free), model, "--step-ms", str(step_ms)]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen2kit", "serve", model, "--port", "0", "--name", "model",
+            [sys.executable, *command, "--port", "0", "--name", "model",
              "--queue", str(2 * clients), *options],
             stderr=subprocess.PIPE,
             text=True,
@@ -94,6 +105,8 @@ class Server:
         if found is None:
             sys.exit("".join(self.log))
         self.host, self.port = found[1], int(found[2])
+        self.cpu: float | None = None
+        self._start_cpu = self._cpu()
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -102,6 +115,19 @@ class Server:
             if "chat page" in line:
                 self._ready.set()
         self._ready.set()
+
+    def read_cpu(self) -> None:
+        """Set ``cpu`` to its processor time since it was ready, where the system says."""
+        now = self._cpu()
+        if now is not None and self._start_cpu is not None:
+            self.cpu = now - self._start_cpu
+
+    def _cpu(self) -> float | None:
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(") ")[2].split()
+        except OSError:
+            return None
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     async def watch_memory(self) -> None:
         """Resident megabytes, once a second."""
@@ -116,21 +142,28 @@ class Server:
 
 
 async def client(
-    server: Server, number: int, end: float, words: int, new: tuple[int, int], results: Results
+    server: Server, number: int, end: float, options: argparse.Namespace, results: Results
 ) -> None:
     """Ask until the time is over."""
-    chance = random.Random(number)
+    chance, words = random.Random(number), options.words
+    new = tuple(int(part) for part in options.new.split(","))
     while time.perf_counter() < end:
         text = " ".join(chance.choices(WORDS, k=chance.randint(1, words)))
         if number % 3 == 0:
             text = " ".join(WORDS * 2) + " " + text
         body = {
-            "model": "model", "prompt": text, "max_tokens": chance.randint(*new), "stream": True,
-            "stream_options": {"include_usage": True}, "temperature": 1.0,
+            "model": "model", "max_tokens": chance.randint(*new), "stream": True,
+            "stream_options": {"include_usage": True}, "temperature": float(not options.greedy),
             "seed": chance.randrange(1 << 30), "ignore_eos": True,
         }  # fmt: skip
+        path = "/v1/completions"
+        if options.chat:
+            path = "/v1/chat/completions"
+            body["messages"] = [{"role": "user", "content": text}]
+        else:
+            body["prompt"] = text
         try:
-            await _ask(server, body, results)
+            await _ask(server, path, body, results)
         except (OSError, ValueError, EOFError, LookupError, TimeoutError) as error:
             results.errors.append(f"{type(error).__name__}: {error}")
 
@@ -181,12 +214,12 @@ def _head(server: Server, method: str, path: str, length: int) -> bytes:
     ).encode()
 
 
-async def _ask(server: Server, body: dict[str, Any], results: Results) -> None:
+async def _ask(server: Server, path: str, body: dict[str, Any], results: Results) -> None:
     data = json.dumps(body).encode()
     start = last = time.perf_counter()
     reader, writer = await asyncio.open_connection(server.host, server.port)
     try:
-        writer.write(_head(server, "POST", "/v1/completions", len(data)) + data)
+        writer.write(_head(server, "POST", path, len(data)) + data)
         status = (await reader.readline()).decode().split(" ", 1)[1].strip()
         if not status.startswith("200"):
             raise ValueError(status)
@@ -205,6 +238,7 @@ async def _ask(server: Server, body: dict[str, Any], results: Results) -> None:
             if document["choices"]:
                 (results.first if first else results.between).append(now - last)
                 first, last = False, now
+                results.events += 1
         if not done or usage is None:
             raise EOFError("the stream ended early")
         results.whole.append(time.perf_counter() - start)
@@ -218,10 +252,9 @@ async def run(server: Server, options: argparse.Namespace, results: Results) -> 
     """All clients together, until the last answer."""
     start = time.perf_counter()
     beside = [asyncio.create_task(server.watch_memory()), asyncio.create_task(tell(results))]
-    new = tuple(int(part) for part in options.new.split(","))
     await asyncio.gather(
         *(
-            client(server, number, start + options.seconds, options.words, new, results)
+            client(server, number, start + options.seconds, options, results)
             for number in range(options.clients)
         ),
         *(
@@ -252,6 +285,7 @@ def document(
     server: Server, results: Results, seconds: float, ended: int | str, options: argparse.Namespace
 ) -> dict[str, Any]:
     """The report; ``ended`` is the server's exit code, or why it has none."""
+    cpu = server.cpu
     return {
         "command": "python benchmarks/serving.py " + " ".join(["MODEL", *sys.argv[2:]]),
         "machine": {
@@ -270,6 +304,10 @@ def document(
         "exit_code": ended,
         "prompt_tokens": results.prompt_tokens,
         "tokens": results.tokens,
+        "events": results.events,
+        "server_cpu_seconds": cpu,
+        "server_cpu_ms_per_1000_tokens": cpu and 1e6 * cpu / max(1, results.tokens),
+        "server_cpu_ms_per_1000_events": cpu and 1e6 * cpu / max(1, results.events),
         "tokens_per_second": results.tokens / seconds,
         "requests_per_second": len(results.whole) / seconds,
         "first_token_ms": summary(results.first),
@@ -337,18 +375,24 @@ def main() -> None:
     parser.add_argument("--new", default="8,64", help="least and most tokens per answer")
     parser.add_argument("--malformed", type=int, default=0, help="requests to be refused")
     parser.add_argument("--dropped", type=int, default=0, help="clients that hang up")
+    parser.add_argument(
+        "--free", type=float, metavar="MS", help="a model that costs nothing but MS a step"
+    )
+    parser.add_argument("--chat", action="store_true", help="ask the chat endpoint")
+    parser.add_argument("--greedy", action="store_true", help="temperature 0 instead of 1")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--device", default=platform.processor() or platform.machine())
     arguments = sys.argv[1:]
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     options, serve_options = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
-    server = Server(options.model, options.clients, serve_options)
+    server = Server(options.model, options.clients, serve_options, options.free)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("cut off"))
     results, start = Results(), time.perf_counter()
     try:
         asyncio.run(run(server, options, results))
         seconds = time.perf_counter() - start
+        server.read_cpu()
         server.process.send_signal(signal.SIGTERM)
         ended: int | str = server.process.wait(60)
     except subprocess.TimeoutExpired:

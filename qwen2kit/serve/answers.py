@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from qwen2kit.backend.protocol import TokenEvent
@@ -17,7 +17,7 @@ from qwen2kit.serve.ticket import Job
 Finish = Literal["stop", "length", "tool_calls"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Piece:
     """What one event adds to a choice.
 
@@ -31,75 +31,87 @@ class Piece:
 
     index: int
     text: str
-    calls: list[ToolCall]
+    calls: Sequence[ToolCall]
     tokens: tuple[TokenEvent, ...]
     finish_reason: Finish | None
 
 
-@dataclass(slots=True)
 class Choice:
-    """One choice in the making, and in the end the whole of it.
+    """One choice in the making.
 
-    Attributes:
+    Args:
         index: its number in the answer.
         parser: finds tool calls; None where none are possible.
-        text, calls, tokens, finish_reason: everything so far.
+
+    Attributes:
+        index: as given.
+        tokens: how many so far.
     """
 
-    index: int
-    parser: ToolCallParser | None = None
-    text: str = ""
-    calls: list[ToolCall] = field(default_factory=list)
-    tokens: list[TokenEvent] = field(default_factory=list)
-    finish_reason: Finish | None = None
+    def __init__(self, index: int, parser: ToolCallParser | None = None) -> None:
+        self.index = index
+        self.tokens = 0
+        self._parser = parser
+        self._called = False
 
     def take(self, event: TextEvent) -> Piece:
-        """Add an event."""
-        text = event.text
-        calls: list[ToolCall] = []
+        """Go on by an event."""
         assert event.finish_reason != "error", "the job has failed"
         reason: Finish | None = event.finish_reason
-        if self.parser is not None:
-            text, calls = self.parser.push(event.text)
-            if reason is not None:
-                rest, last = self.parser.finish()
-                text, calls = text + rest, calls + last
-        self.text += text
-        self.calls += calls
-        self.tokens += event.tokens
-        if reason == "stop" and self.calls:
+        self.tokens += len(event.tokens)
+        if self._parser is None:
+            return Piece(self.index, event.text, (), event.tokens, reason)
+        text, calls = self._parser.push(event.text)
+        if reason is not None:
+            rest, last = self._parser.finish()
+            text, calls = text + rest, calls + last
+        self._called = self._called or bool(calls)
+        if reason == "stop" and self._called:
             reason = "tool_calls"
-        self.finish_reason = reason
         return Piece(self.index, text, calls, event.tokens, reason)
 
 
-async def pieces(job: Job, choices: Sequence[Choice]) -> AsyncIterator[Piece]:
-    """What the job says, in the order in which it comes.
+async def batches(job: Job, choices: Sequence[Choice]) -> AsyncIterator[list[Piece]]:
+    """What the job says until it has ended, all that is there at a time together.
 
     Raises:
         ApiError: the job failed, or a grammar could not be followed.
     """
-    async for index, event in job.events():
-        constraint = job.tickets[index].work.constraint
-        if isinstance(constraint, RequestConstraint) and constraint.error is not None:
-            raise invalid(str(constraint.error))
-        yield choices[index].take(event)
+    constraints = [ticket.work.constraint for ticket in job.tickets]
+    checked = [item for item in constraints if isinstance(item, RequestConstraint)]
+    while job.unfinished:
+        events = await job.take()
+        for constraint in checked:
+            if constraint.error is not None:
+                raise invalid(str(constraint.error))
+        yield [choices[index].take(event) for index, event in events]
 
 
-@dataclass(slots=True)
-class Usage:
-    """Token counts of an answer."""
+def whole_choices(pieces: Iterable[Piece], count: int) -> list[Piece]:
+    """The pieces of each of ``count`` choices as one."""
+    found: list[list[Piece]] = [[] for _ in range(count)]
+    for piece in pieces:
+        found[piece.index].append(piece)
+    return [_joined(index, parts) for index, parts in enumerate(found)]
 
-    prompt_tokens: int
-    completion_tokens: int = 0
 
-    def document(self) -> dict[str, int]:
-        """OpenAI's ``usage``."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-        }
+def _joined(index: int, parts: Sequence[Piece]) -> Piece:
+    return Piece(
+        index,
+        "".join([part.text for part in parts]),
+        [call for part in parts for call in part.calls],
+        tuple([token for part in parts for token in part.tokens]),
+        parts[-1].finish_reason if parts else None,
+    )
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's ``usage``."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
 
 
 class Answer(Protocol):
@@ -113,8 +125,9 @@ class Answer(Protocol):
         """The answer as one document. Raises ApiError if it cannot be finished."""
         ...
 
-    def stream(self) -> AsyncIterator[dict[str, Any]]:
-        """The answer as chunks. Raises ApiError if it cannot be finished."""
+    def stream(self) -> AsyncIterator[str]:
+        """The answer as server-sent events, one or more at a time. Raises ApiError if it cannot be
+        finished."""
         ...
 
     def release(self) -> None:

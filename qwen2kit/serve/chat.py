@@ -6,14 +6,16 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import Any
 
 from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.generate.tool_calls import CLOSING, ToolCall, ToolCallParser
-from qwen2kit.serve.answers import Choice, Piece, Usage, new_id, pieces
+from qwen2kit.serve.answers import Choice, Piece, batches, new_id, usage, whole_choices
 from qwen2kit.serve.chat_request import ChatRequest
 from qwen2kit.serve.prompts import chat_prompt
 from qwen2kit.serve.service import Service
+from qwen2kit.serve.sse import TextEvents, sse
 from qwen2kit.serve.ticket import Job, Work
 from qwen2kit.serve.token_text import chat_logprobs
 
@@ -32,45 +34,53 @@ class ChatAnswer:
         self._head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": service.name}
         self._job: Job | None = None
         self._choices: list[Choice] = []
-        self._usage = Usage(0)
+        self._prompt_tokens = 0
         self._made_calls = [0] * (request.n or 1)
 
     async def start(self) -> None:
         self._service.check_model(self._request.model)
         self._service.dispatcher.check_room(self._request.n or 1)
         works = await asyncio.to_thread(self._works)
-        self._usage = Usage(len(works[0].prompt))
+        self._prompt_tokens = len(works[0].prompt)
         self._choices = [Choice(index, self._parser()) for index in range(len(works))]
         self._job = await self._service.dispatcher.submit(works)
 
     async def whole(self) -> dict[str, Any]:
-        async for _ in self._pieces():
-            pass
+        said = [piece async for batch in self._batches() for piece in batch]
         return {
             **self._head,
             "object": "chat.completion",
-            "choices": [self._choice(choice) for choice in self._choices],
-            "usage": self._usage.document(),
+            "choices": [self._choice(item) for item in whole_choices(said, len(self._choices))],
+            "usage": self._usage(),
         }
 
-    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self) -> AsyncIterator[str]:
         for choice in self._choices:
-            yield self._chunk(choice.index, {"role": "assistant", "content": ""})
-        async for piece in self._pieces():
-            for chunk in self._chunks(piece):
-                yield chunk
+            yield sse(self._chunk(choice.index, {"role": "assistant", "content": ""}))
+        texts = [TextEvents(partial(self._text_chunk, choice.index)) for choice in self._choices]
+        reports = bool(self._request.logprobs)
+        async for batch in self._batches():
+            events = [
+                texts[piece.index].around(piece.text)
+                if piece.text and not (reports or piece.calls or piece.finish_reason)
+                else "".join(map(sse, self._chunks(piece)))
+                for piece in batch
+            ]
+            if any(events):
+                yield "".join(events)
         if self._request.wants_usage:
-            yield self._document([], self._usage.document())
+            yield sse(self._document([], self._usage()))
 
     def release(self) -> None:
         if self._job is not None:
             self._service.dispatcher.cancel(self._job)
 
-    async def _pieces(self) -> AsyncIterator[Piece]:
+    def _batches(self) -> AsyncIterator[list[Piece]]:
         assert self._job is not None
-        async for piece in pieces(self._job, self._choices):
-            self._usage.completion_tokens += len(piece.tokens)
-            yield piece
+        return batches(self._job, self._choices)
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self._prompt_tokens, sum(choice.tokens for choice in self._choices))
 
     def _works(self) -> list[Work]:
         request = self._request
@@ -93,7 +103,7 @@ class ChatAnswer:
     def _parser(self) -> ToolCallParser | None:
         return ToolCallParser() if self._request.offered_tools else None
 
-    def _choice(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: Piece) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if choice.calls:
             message["content"] = choice.text or None
@@ -122,6 +132,9 @@ class ChatAnswer:
         if piece.finish_reason is not None:
             chunks.append(self._chunk(piece.index, {}, reason=piece.finish_reason))
         return chunks
+
+    def _text_chunk(self, index: int, text: str) -> dict[str, Any]:
+        return self._chunk(index, {"content": text})
 
     def _chunk(
         self,

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from qwen2kit.engine.text import TextEvent
-from qwen2kit.serve.answers import Choice, Piece, Usage, new_id, pieces
+from qwen2kit.serve.answers import Choice, Piece, batches, new_id, usage, whole_choices
 from qwen2kit.serve.completion_request import DEFAULT_MAX_TOKENS, CompletionRequest
 from qwen2kit.serve.errors import invalid
 from qwen2kit.serve.prompts import completion_prompts
 from qwen2kit.serve.score_memory import PromptScores
 from qwen2kit.serve.service import Service
+from qwen2kit.serve.sse import TextEvents, sse
 from qwen2kit.serve.ticket import Job, Work
 from qwen2kit.serve.token_text import CompletionLogprobs, ScoredToken
 
@@ -37,7 +39,6 @@ class CompletionAnswer:
             "model": service.name,
         }
         self._prompts: list[tuple[int, ...]] = []
-        self._usage = Usage(0)
         self._works: list[Work] = []
         self._job: Job | None = None
 
@@ -46,48 +47,55 @@ class CompletionAnswer:
         self._service.check_model(request.model)
         self._service.dispatcher.check_room(len(request.prompts) * request.choices_per_prompt)
         self._works = await asyncio.to_thread(self._make_works)
-        self._usage = Usage(sum(map(len, self._prompts)))
         if self._works and not self._is_scored:
             self._job = await self._service.dispatcher.submit(self._works)
 
     async def whole(self) -> dict[str, Any]:
         choices = self._choices()
         scores = await self._scores()
-        async for _ in self._pieces(choices):
-            pass
+        said = [piece async for batch in self._batches(choices) for piece in batch]
         return {
             **self._head,
-            "choices": [self._choice(choice, scores) for choice in choices],
-            "usage": self._usage.document(),
+            "choices": [self._choice(piece, scores) for piece in whole_choices(said, len(choices))],
+            "usage": self._usage(choices),
         }
 
-    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self) -> AsyncIterator[str]:
         choices = self._choices()
         offsets = [CompletionLogprobs(self._tokenizer) for _ in choices]
+        texts = [TextEvents(partial(self._chunk, choice.index)) for choice in choices]
         for choice in choices if self._request.echo else ():
-            yield self._chunk(choice.index, self._prompt_text(choice))
-        async for piece in self._pieces(choices):
-            logprobs = None
-            if self._request.logprobs is not None:
-                tokens = [ScoredToken.of(event) for event in piece.tokens]
-                logprobs = offsets[piece.index].render(tokens)
-            if piece.text or logprobs or piece.finish_reason:
-                yield self._chunk(piece.index, piece.text, logprobs, piece.finish_reason)
+            yield texts[choice.index].around(self._prompt_text(choice.index))
+        async for batch in self._batches(choices):
+            events = []
+            for piece in batch:
+                logprobs = None
+                if self._request.logprobs is not None:
+                    tokens = [ScoredToken.of(event) for event in piece.tokens]
+                    logprobs = offsets[piece.index].render(tokens)
+                if logprobs or piece.finish_reason:
+                    chunk = self._chunk(piece.index, piece.text, logprobs, piece.finish_reason)
+                    events.append(sse(chunk))
+                elif piece.text:
+                    events.append(texts[piece.index].around(piece.text))
+            if events:
+                yield "".join(events)
         if self._request.wants_usage:
-            yield {**self._head, "choices": [], "usage": self._usage.document()}
+            yield sse({**self._head, "choices": [], "usage": self._usage(choices)})
 
     def release(self) -> None:
         if self._job is not None:
             self._service.dispatcher.cancel(self._job)
 
-    async def _pieces(self, choices: list[Choice]) -> AsyncIterator[Piece]:
+    async def _batches(self, choices: list[Choice]) -> AsyncIterator[list[Piece]]:
         if self._job is None:
-            for choice in choices:
-                yield choice.take(TextEvent(choice.index, "", (), "length"))
+            yield [choice.take(TextEvent(choice.index, "", (), "length")) for choice in choices]
             return
-        async for piece in pieces(self._job, choices):
-            self._usage.completion_tokens += len(piece.tokens)
-            yield piece
+        async for batch in batches(self._job, choices):
+            yield batch
+
+    def _usage(self, choices: list[Choice]) -> dict[str, int]:
+        return usage(sum(map(len, self._prompts)), sum(choice.tokens for choice in choices))
 
     def _make_works(self) -> list[Work]:
         request = self._request
@@ -133,13 +141,13 @@ class CompletionAnswer:
             Choice(index) for index in range(len(self._prompts) * self._request.choices_per_prompt)
         ]
 
-    def _choice(self, choice: Choice, scores: list[PromptScores]) -> dict[str, Any]:
-        echoed = self._prompt_text(choice) if self._request.echo else ""
+    def _choice(self, choice: Piece, scores: list[PromptScores]) -> dict[str, Any]:
+        echoed = self._prompt_text(choice.index) if self._request.echo else ""
         logprobs = None
         if self._request.logprobs is not None:
             tokens = [ScoredToken.of(event) for event in choice.tokens]
             if scores:
-                number = self._prompt_number(choice)
+                number = self._prompt_number(choice.index)
                 first = ScoredToken(self._prompts[number][0], None, echoed=True)
                 tokens = [first, *map(ScoredToken.of, scores[number]), *tokens]
             offset = 0 if scores else len(echoed)
@@ -162,8 +170,8 @@ class CompletionAnswer:
         chunk = {**self._head, "choices": [choice]}
         return chunk | {"usage": None} if self._request.wants_usage else chunk
 
-    def _prompt_number(self, choice: Choice) -> int:
-        return choice.index // self._request.choices_per_prompt
+    def _prompt_number(self, index: int) -> int:
+        return index // self._request.choices_per_prompt
 
-    def _prompt_text(self, choice: Choice) -> str:
-        return self._tokenizer.decode(self._prompts[self._prompt_number(choice)])
+    def _prompt_text(self, index: int) -> str:
+        return self._tokenizer.decode(self._prompts[self._prompt_number(index)])

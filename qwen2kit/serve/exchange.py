@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
@@ -14,9 +13,9 @@ from starlette.types import Receive, Scope, Send
 
 from qwen2kit.serve.errors import ApiError, invalid
 from qwen2kit.serve.fields import refusal
+from qwen2kit.serve.sse import DONE, sse
 
 _BODY_SECONDS: Final = 30.0
-_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -92,17 +91,15 @@ class EventStream(StreamingResponse):
     """Server-sent events, ended by ``[DONE]`` or by an error document.
 
     Args:
-        documents: what is sent.
+        events: what is sent, one or more events at a time.
         release: called when nothing more will be sent, whatever the reason.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, documents: AsyncIterator[dict[str, Any]], release: Callable[[], None]
-    ) -> None:
+    def __init__(self, events: AsyncIterator[str], release: Callable[[], None]) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_encoded(documents), headers=headers)
+        super().__init__(_ended(events), headers=headers)
         self._release = release
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -113,16 +110,11 @@ class EventStream(StreamingResponse):
             self._release()
 
 
-async def _encoded(documents: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _ended(events: AsyncIterator[str]) -> AsyncIterator[str]:
     try:
-        async for document in documents:
-            yield f"data: {compact(document)}\n\n"
+        async for event in events:
+            yield event
     except ApiError as error:
-        yield f"data: {compact(error.body)}\n\n"
+        yield sse(error.body)
         return
-    yield "data: [DONE]\n\n"
-
-
-def compact(document: dict[str, Any]) -> str:
-    """JSON in one line."""
-    return _ENCODER.encode(document)
+    yield DONE

@@ -8,6 +8,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qwen2kit.engine.stats import EngineStats
+from qwen2kit.serve.histogram import CheapHistogram
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
@@ -57,9 +58,10 @@ class Metrics:
         self._first = self._histogram(
             "time_to_first_token", "From a request's arrival to its first token.", _SECONDS
         )
-        self._between = self._histogram(
-            "inter_token", "Between a sequence's tokens.", _TOKEN_SECONDS
+        self._between = CheapHistogram(
+            "qwen2kit_inter_token_seconds", "Between a sequence's tokens.", _TOKEN_SECONDS
         )
+        self._registry.register(self._between)
         self._whole = self._histogram("request", "From arrival to the last byte.", _SECONDS)
 
     def report(self, state: EngineState) -> None:
@@ -76,8 +78,8 @@ class Metrics:
             self._first.observe(seconds)
             count -= 1
             seconds = 0.0
-        for _ in range(count):
-            self._between.observe(seconds / count)
+        if count:
+            self._between.observe(seconds / count, count)
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
         """A request was answered."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -56,17 +57,19 @@ class Job:
 
     Attributes:
         tickets: in the order of ``works``.
+        unfinished: sequences whose finish reason the reader has not got.
         accepted: done when the engine has taken all of them, or refused one.
     """
 
     def __init__(self, works: Sequence[Work], max_pending: int) -> None:
         self.tickets = [Ticket(work, index, self) for index, work in enumerate(works)]
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.unfinished = len(works)
         self._unaccepted = len(works)
-        self._failed = False
-        self._events: asyncio.Queue[tuple[int, TextEvent] | ApiError] = asyncio.Queue(
-            max_pending * len(works)
-        )
+        self._error: ApiError | None = None
+        self._events: deque[tuple[int, TextEvent]] = deque()
+        self._most = max_pending * len(works)
+        self._reader: asyncio.Future[None] | None = None
 
     def accept(self) -> None:
         """The engine has taken one more sequence."""
@@ -76,54 +79,63 @@ class Job:
 
     def push(self, ticket: Ticket, event: TextEvent) -> bool:
         """Hand an event to the reader; False if the reader is too far behind and was cut off."""
-        if self._events.full():
+        if len(self._events) >= self._most:
             self.fail(too_slow())
             return False
-        self._events.put_nowait((ticket.index, event))
+        self._events.append((ticket.index, event))
+        self._wake()
         return True
 
     def fail(self, error: ApiError) -> None:
-        """End with an error, in place of the newest event if there is no room."""
-        if self._failed:
+        """End with an error, in place of what waits to be read."""
+        if self._error is not None:
             return
-        self._failed = True
+        self._error = error
         if not self.accepted.done():
             self.accepted.set_exception(error)
-            return
-        if self._events.full():
-            self._events.get_nowait()
-        self._events.put_nowait(error)
+        self._wake()
 
-    async def events(self) -> AsyncIterator[tuple[int, TextEvent]]:
-        """Index and event, until every sequence has its finish reason. What has piled up of one
-        sequence comes as one event, so that a reader who is late catches up.
+    async def take(self) -> list[tuple[int, TextEvent]]:
+        """Index and event of every sequence that went on, in the order in which they did. What has
+        piled up of one comes as one event, so that a reader who is late catches up.
 
         Raises:
-            ApiError: it ends otherwise.
+            ApiError: the job ends otherwise.
         """
-        unfinished = len(self.tickets)
-        while unfinished:
-            for index, event in self._piled_up(await self._events.get()).items():
-                yield index, event
-                unfinished -= event.finish_reason is not None
+        while not self._events and self._error is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        if self._error is not None:
+            raise self._error
+        found = [self._events.popleft()]
+        if self._events:
+            found = _piled_up([*found, *self._events])
+            self._events.clear()
+        for _, event in found:
+            if event.finish_reason is not None:
+                self.unfinished -= 1
+        return found
 
-    def _piled_up(self, item: tuple[int, TextEvent] | ApiError) -> dict[int, TextEvent]:
-        """``item`` and all that waits behind it, by index."""
-        found: dict[int, TextEvent] = {}
-        while True:
-            if isinstance(item, ApiError):
-                raise item
-            index, event = item
-            found[index] = _joined(found[index], event) if index in found else event
-            if self._events.empty():
-                return found
-            item = self._events.get_nowait()
+    def _wake(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None and not reader.done():
+            reader.set_result(None)
 
 
-def _joined(first: TextEvent, second: TextEvent) -> TextEvent:
+def _piled_up(events: Sequence[tuple[int, TextEvent]]) -> list[tuple[int, TextEvent]]:
+    """One event per index."""
+    by_index: dict[int, list[TextEvent]] = {}
+    for index, event in events:
+        by_index.setdefault(index, []).append(event)
+    return [(index, _joined(found)) for index, found in by_index.items()]
+
+
+def _joined(events: Sequence[TextEvent]) -> TextEvent:
+    if len(events) == 1:
+        return events[0]
     return TextEvent(
-        first.key,
-        first.text + second.text,
-        first.tokens + second.tokens,
-        second.finish_reason,
+        events[0].key,
+        "".join([event.text for event in events]),
+        tuple([token for event in events for token in event.tokens]),
+        events[-1].finish_reason,
     )

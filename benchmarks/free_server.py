@@ -1,0 +1,153 @@
+"""``qwen2kit serve`` over a model that costs nothing: what the server itself can stream.
+
+    python benchmarks/free_server.py MODEL [--step-ms 2] [--seed 0] [-- OPTIONS OF SERVE]
+
+Configuration and tokenizer are MODEL's; in place of its weights every token is drawn at random from
+the whole vocabulary, the hard case for text, since most characters arrive in pieces. A step sleeps
+for ``--step-ms``, as the host does while a device computes. `benchmarks/serving.py --free` starts
+it and reports the server's processor time per token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from qwen2kit.adapters.merge import open_model
+from qwen2kit.backend import loading
+from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport
+from qwen2kit.backend.slots import Cut, Edit, Feed, Shortlist
+from qwen2kit.spec.model import ModelSpec
+
+DISTINCT = 1 << 16
+WIDTH = 64
+
+
+class FreeModel:
+    """As much of a `CompiledModel` as an engine needs.
+
+    Args:
+        spec: the model's.
+        step: seconds a step sleeps.
+        seed: of the tokens.
+    """
+
+    def __init__(self, spec: ModelSpec, step: float, seed: int) -> None:
+        self.spec, self.limit, self.step = spec, spec.context_length, step
+        random = np.random.default_rng(seed)
+        self.ids = random.integers(0, 151_643, (DISTINCT, WIDTH))
+        scores = np.sort(random.gumbel(size=(DISTINCT, WIDTH)) * 3, axis=1)[:, ::-1]
+        self.scores = np.ascontiguousarray(scores, dtype=np.float32)
+        self.total = np.log(np.exp(self.scores.astype(np.float64)).sum(axis=1))
+        self.best = self.ids[:, 0].tolist()
+
+    def slots(self, count: int, capacity: int) -> FreeSlots:
+        return FreeSlots(self, count, capacity)
+
+
+class FreeSlots:
+    """`Slots` that hold nothing."""
+
+    def __init__(self, model: FreeModel, count: int, capacity: int) -> None:
+        self.count, self.capacity = count, capacity
+        self.model = model
+        self._place = 0
+
+    def feed(self, feeds: Sequence[Feed]) -> FreeLogits:
+        return FreeLogits(self.model, self._begin(sum(feed.wanted for feed in feeds)))
+
+    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        rows = len(feeds)
+        end = self.capacity - max(feed.start for feed in feeds)
+        for _ in range(end):
+            yield self.model.best[self._begin(rows)]
+
+    def copy(self, source: int, target: int, length: int) -> None: ...
+
+    def clear(self, slot: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def _begin(self, rows: int) -> slice:
+        """Wait for the device, then take the next ``rows`` answers."""
+        if self.model.step:
+            time.sleep(self.model.step)
+        if self._place + rows > DISTINCT:
+            self._place = 0
+        self._place += rows
+        return slice(self._place - rows, self._place)
+
+
+class FreeLogits:
+    """Answers that are known before they are asked for."""
+
+    def __init__(self, model: FreeModel, rows: slice) -> None:
+        self._model, self._rows = model, rows
+
+    def greedy(self, limit: int | None) -> list[int]:
+        return self._model.best[self._rows]
+
+    def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        model, rows = self._model, self._rows
+        scores, total = model.scores[rows], model.total[rows]
+        return Shortlist(model.ids[rows], scores, total, scores, total)
+
+    def rows(self, rows: Sequence[int]) -> Any:
+        raise AssertionError("a whole row was asked for")
+
+    def draw(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> list[int]:
+        best = self._model.best[self._rows]
+        return [best[row] for row in rows]
+
+
+def free_loader(step: float, seed: int) -> Any:
+    """In place of `qwen2kit.backend.loading.load_model`."""
+
+    def load(model: str, **_: object) -> loading.LoadedModel:
+        checkpoint = open_model(model, None)
+        free = FreeModel(checkpoint.spec, step, seed)
+        return loading.LoadedModel(
+            checkpoint=checkpoint,
+            tokenizer=checkpoint.tokenizer(),
+            backend=cast(Backend, None),
+            model=cast(CompiledModel, free),
+            report=LoadReport(tensors=0, bytes=0, seconds=0.0),
+        )
+
+    return load
+
+
+def main() -> None:
+    from qwen2kit.cli.app import main as qwen2kit
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="how long a step sleeps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--profile", help="write the event loop's cProfile statistics there")
+    options, serve_options = parser.parse_known_args()
+    serve_options = [option for option in serve_options if option != "--"]
+    loading.load_model = free_loader(options.step_ms / 1e3, options.seed)
+    sys.argv = ["qwen2kit", "serve", options.model, *serve_options]
+    if options.profile is None:
+        qwen2kit()
+        return
+    import cProfile
+
+    profile = cProfile.Profile()
+    try:
+        profile.runcall(qwen2kit)
+    finally:
+        profile.dump_stats(options.profile)
+
+
+if __name__ == "__main__":
+    main()
