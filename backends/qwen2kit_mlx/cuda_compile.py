@@ -19,18 +19,23 @@ class CompileError(Exception):
 
 
 def cubin(source: str, architecture: str, macros: Mapping[str, str]) -> bytes:
-    """Machine code of ``source`` for one kind of GPU, such as ``sm_90``.
+    """Machine code of ``source`` for one kind of GPU, such as ``sm_90``; compiled once a process.
 
     Raises:
         CompileError: see there.
     """
+    return _compiled(source, architecture, tuple(macros.items()))
+
+
+@cache
+def _compiled(source: str, architecture: str, macros: tuple[tuple[str, str], ...]) -> bytes:
     nvrtc = _library()
     program = ctypes.c_void_p()
     code = source.encode()
     _check(nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), code, b"k.cu", 0, None, None))
     try:
         options = [f"--gpu-architecture={architecture}"]
-        options += [f"--define-macro={name}={value}" for name, value in macros.items()]
+        options += [f"--define-macro={name}={value}" for name, value in macros]
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
         if nvrtc.nvrtcCompileProgram(program, len(options), given):
             lines = _read(nvrtc, "ProgramLog", program).decode(errors="replace").split("\n")

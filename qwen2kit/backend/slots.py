@@ -206,6 +206,15 @@ class Slots(Protocol):
 
 
 @runtime_checkable
+class PreparedSlots(Slots, Protocol):
+    """Slots of a device for which passes are compiled when they are first needed."""
+
+    def prepare(self) -> None:
+        """Compile them all now, before anything is held."""
+        ...
+
+
+@runtime_checkable
 class PersistentSlots(Slots, Protocol):
     """Slots whose content can leave the device and come back (a prompt cache on disk)."""
 

@@ -117,6 +117,7 @@ def serve(
             prefill_tokens=prefill_tokens,
             drafter=drafter,
         )
+        engine.engine.prepare()
         return loaded, engine
 
     loaded, engine = home.run(load).result()

@@ -14,7 +14,7 @@ from itertools import islice
 
 from qwen2kit.backend.limits import check_tokens
 from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
-from qwen2kit.backend.slots import BROKEN, Feed, Logits, PersistentSlots
+from qwen2kit.backend.slots import BROKEN, Feed, Logits, PersistentSlots, PreparedSlots
 from qwen2kit.engine.batching import compose
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw
@@ -95,6 +95,11 @@ class Engine:
     def busy(self) -> bool:
         """Whether `step` has anything to do."""
         return bool(self._waiting or self._running)
+
+    def prepare(self) -> None:
+        """Compile now what the first requests would wait for. To be called before `submit`."""
+        if isinstance(self._slots, PreparedSlots):
+            self._slots.prepare()
 
     def submit(self, request: Request) -> int:
         """Queue a request; returns its key, which the events carry as ``prompt``.

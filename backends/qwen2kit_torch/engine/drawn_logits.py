@@ -12,7 +12,6 @@ from qwen2kit.backend.slots import Cut, Edit
 from qwen2kit_torch.engine.kernels import draws
 from qwen2kit_torch.engine.logits import edited
 from qwen2kit_torch.engine.sorted_logits import SortedLogits
-from qwen2kit_torch.engine.tuning import power_of_two
 
 _PROGRAMS = 1056
 _BLOCK = 2048
@@ -57,23 +56,21 @@ def drawn(logits: Tensor, edits: Sequence[Edit], cuts: Sequence[Cut]) -> Tensor:
         dtype=torch.float64,
     ).to(device, non_blocking=True)
     limits, top_k = columns[0].int(), columns[2].int()
-    counts, cuts_off = any(cut.top_k for cut in cuts), any(cut.top_p < 1 for cut in cuts)
-    parts = max(1, min(triton.cdiv(vocab, _BLOCK), _PROGRAMS // count))
-    width = triton.cdiv(triton.cdiv(vocab, parts), _BLOCK) * _BLOCK
+    counts = any(cut.top_k for cut in cuts)
+    most = min(draws.MOST_PARTS, triton.cdiv(vocab, _BLOCK), _PROGRAMS // count)
+    width = triton.cdiv(triton.cdiv(vocab, max(1, most)), _BLOCK) * _BLOCK
     parts = triton.cdiv(vocab, width)
     peaks = torch.empty(count, parts, device=device)
     weights = zeros(torch.float64, count, draws.BUCKETS)
     numbers = zeros(torch.int32, count if counts else 1, draws.BUCKETS)
     scratch = torch.empty(2, count, vocab, dtype=torch.int32, device=device)
     found = torch.empty(count, dtype=torch.int32, device=device)
-    span = power_of_two(parts)
-    draws.find_peaks[(parts, count)](logits, limits, peaks, width, vocab, parts, _BLOCK)
+    draws.find_peaks[(parts, count)](logits, limits, peaks, parts, width, vocab, _BLOCK)
     draws.weigh[(parts, count)](
-        logits, limits, columns[1], peaks, weights, numbers, width, vocab, parts, span, _BLOCK,
-        counts,
-    )  # fmt: skip
+        logits, limits, columns[1], peaks, weights, numbers, parts, width, vocab, _BLOCK, counts
+    )
     draws.draw[(count,)](
         logits, limits, columns[1], top_k, columns[3], columns[4], peaks, weights, numbers,
-        scratch[0], scratch[1], found, vocab, parts, span, _BLOCK, counts, cuts_off, num_warps=8,
+        scratch[0], scratch[1], found, parts, vocab, _BLOCK, counts, num_warps=8,
     )  # fmt: skip
     return found

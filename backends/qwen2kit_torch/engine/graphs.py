@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qwen2kit.backend.slots import Feed
+from qwen2kit.backend.slots import Cut, DrawingLogits, Edit, Feed
 from qwen2kit_torch.engine.device_logits import logits_on_device
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
@@ -48,6 +49,19 @@ class GraphSlots(EagerSlots):
         self._weights = weights
         self._steps: dict[int, CapturedStep] = {}
         self._pool: Any = None
+
+    def prepare(self) -> None:
+        """Capture steps of all sizes, compile what reads prompts and what draws."""
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            for exponent in range(
+                power_of_two(min(_MOST_ROWS, max(self.count, _FEW))).bit_length()
+            ):
+                self._step(1 << exponent)
+        logits = self.feed([Feed(0, 0, (0,) * min(self.capacity, _FEW + 1))])
+        if isinstance(logits, DrawingLogits):
+            changed = Edit(temperature=1.0, ids=np.array([0]), shift=np.ones(1, np.float32))
+            for edit, cut in product((Edit(temperature=1.0), changed), (Cut(), Cut(top_k=1))):
+                logits.draw([0], [edit], [cut])
 
     @bounded_by_memory
     @torch.inference_mode()

@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qwen2kit import Sampling
 from qwen2kit.backend.slots import BROKEN, Feed
+from qwen2kit.engine.engine import Engine
+from qwen2kit.engine.request import Request
 from tests.unit.torch.peers import SPECS, TOKENS, continued, ours, theirs
 from tests.unit.torch.test_torch_slots import RAGGED, alone, run
 
@@ -78,6 +81,28 @@ def test_greedy_run_ends_with_the_slot_and_obeys_the_limit() -> None:
     assert max(token for ids in steps for token in ids) < 50
     again = list(slots.run_greedy([Feed(0, 8, (1,)), Feed(1, 3, (1,))], 50))
     assert again == steps
+
+
+def test_prepared_slots_give_the_same_and_capture_nothing_later() -> None:
+    def sampled(*, prepare: bool) -> list[tuple[int, ...]]:
+        model = on_cuda("tied")
+        with Engine(model, slots=5, capacity=120) as engine:
+            if prepare:
+                engine.prepare()
+                known = dict(engine._slots._steps)  # type: ignore[attr-defined]
+                assert set(known) == {1, 2, 4, 8, 16, 32, 64}
+            texts: dict[int, list[int]] = {}
+            for seed, length in enumerate((3, 70, 90, 5, 8)):
+                how = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=seed)
+                texts[engine.submit(Request(tuple(TOKENS * 9)[:length], how))] = []
+            while engine.busy:
+                for event in engine.step():
+                    texts[event.prompt].append(event.token)
+            if prepare:
+                assert engine._slots._steps == known  # type: ignore[attr-defined]
+            return [tuple(text) for text in texts.values()]
+
+    assert sampled(prepare=True) == sampled(prepare=False)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

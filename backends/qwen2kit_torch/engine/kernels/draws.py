@@ -21,6 +21,8 @@ _COARSE_START = tl.constexpr(3072.0)
 _LAST = tl.constexpr(BUCKETS - 1)
 _COUNT = tl.constexpr(BUCKETS)
 _NOTHING = tl.constexpr(1e-25)  # a weight that no sum feels
+MOST_PARTS = 128
+_SPAN = tl.constexpr(MOST_PARTS)
 
 
 @triton.jit
@@ -54,39 +56,36 @@ def weight_of(score, best, temperature):
 
 
 @triton.jit
-def highest(peaks, row, PARTS: tl.constexpr, SPAN: tl.constexpr):
+def highest(peaks, row, parts):
     """The best score of a row from those of its parts."""
-    part = tl.arange(0, SPAN)
-    return tl.max(tl.load(peaks + row * PARTS + part, mask=part < PARTS, other=-float("inf")), 0)
+    part = tl.arange(0, _SPAN)
+    return tl.max(tl.load(peaks + row * parts + part, mask=part < parts, other=-float("inf")), 0)
 
 
-@triton.jit
-def find_peaks(
-    logits, limits, peaks, WIDTH, HEIGHT: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The best score of every part of ``WIDTH`` columns, +inf where there is NaN. Grid (S, N)."""
+@triton.jit(do_not_specialize=["parts", "width"])
+def find_peaks(logits, limits, peaks, parts, width, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    """The best score of every part of ``width`` columns, +inf where there is NaN. Grid (S, N)."""
     part, row = tl.program_id(0), tl.program_id(1)
     limit = tl.load(limits + row)
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
-    for start in range(part * WIDTH, (part + 1) * WIDTH, BLOCK):
+    for start in range(part * width, (part + 1) * width, BLOCK):
         column = start + tl.arange(0, BLOCK)
         score = scores_of(logits + row.to(tl.int64) * HEIGHT, column, limit, HEIGHT)
         best = tl.maximum(best, tl.where(score == score, score, float("inf")))
-    tl.store(peaks + row * PARTS + part, tl.max(best, 0))
+    tl.store(peaks + row * parts + part, tl.max(best, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "width"])
 def weigh(
-    logits, limits, temperatures, peaks, weights, counts, WIDTH,
-    HEIGHT: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
-    COUNTS: tl.constexpr,
+    logits, limits, temperatures, peaks, weights, counts, parts, width,
+    HEIGHT: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Add up weights, and count scores if ``COUNTS``, in ``[N, BUCKETS]`` of zeros. Grid (S, N)."""
     part, row = tl.program_id(0), tl.program_id(1)
     limit, temperature = tl.load(limits + row), tl.load(temperatures + row)
-    best = highest(peaks, row, PARTS, SPAN)
+    best = highest(peaks, row, parts)
     if (best > -float("inf")) & (best < float("inf")):
-        for start in range(part * WIDTH, (part + 1) * WIDTH, BLOCK):
+        for start in range(part * width, (part + 1) * width, BLOCK):
             column = start + tl.arange(0, BLOCK)
             score = scores_of(logits + row.to(tl.int64) * HEIGHT, column, limit, HEIGHT)
             weight = weight_of(score, best, temperature)
@@ -210,19 +209,17 @@ def reach(
     return key, rank.to(tl.int32), start + (rank + 1) * one, wanted, count, least, most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def draw(
     logits, limits, temperatures, top_k, top_p, points, peaks, weights, counts, keys, ids, drawn,
-    HEIGHT: tl.constexpr, PARTS: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
-    COUNTS: tl.constexpr, CUTS: tl.constexpr,
+    parts, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Ids ``[N]``, -1 where a row has NaN, +inf, or nothing finite. Grid (N,).
 
-    ``keys`` and ``ids`` are scratch ``[N, V]``. ``COUNTS``: some row has a top-k; ``CUTS``: some
-    row has a top-p.
+    ``keys`` and ``ids`` are scratch ``[N, V]``. ``COUNTS``: some row has a top-k.
     """
     row = tl.program_id(0)
-    best = highest(peaks, row, PARTS, SPAN)
+    best = highest(peaks, row, parts)
     if (best == -float("inf")) | (best == float("inf")):
         tl.store(drawn + row, -1)
     else:
@@ -246,13 +243,12 @@ def draw(
                 )
                 weight, _ = from_key_on(keys, count, key, best, temperature, BLOCK)
                 mass = tl.sum(tl.where(index < bucket, share, 0.0), 0) + weight
-        if CUTS:
-            part = tl.load(top_p + row)
-            if part < 1:
-                _, _, mass, bucket, count, least, most = reach(
-                    logits, limit, best, temperature, share, part * mass, keys, ids,
-                    bucket, count, least, most, HEIGHT, False, BLOCK,
-                )  # fmt: skip
+        part = tl.load(top_p + row)
+        if part < 1:
+            _, _, mass, bucket, count, least, most = reach(
+                logits, limit, best, temperature, share, part * mass, keys, ids,
+                bucket, count, least, most, HEIGHT, False, BLOCK,
+            )  # fmt: skip
         key, rank, _, bucket, count, least, most = reach(
             logits, limit, best, temperature, share, tl.load(points + row) * mass, keys, ids,
             bucket, count, least, most, HEIGHT, True, BLOCK,
