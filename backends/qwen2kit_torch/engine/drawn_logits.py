@@ -15,6 +15,9 @@ from qwen2kit_torch.engine.sorted_logits import SortedLogits
 
 _PROGRAMS = 1056
 _BLOCK = 2048
+_SCAN = 4096
+_FOUND = 1024
+_WARPS = 8
 
 
 class DrawnLogits(SortedLogits):
@@ -71,6 +74,6 @@ def drawn(logits: Tensor, edits: Sequence[Edit], cuts: Sequence[Cut]) -> Tensor:
     )
     draws.draw[(count,)](
         logits, limits, columns[1], top_k, columns[3], columns[4], peaks, weights, numbers,
-        scratch[0], scratch[1], found, parts, vocab, _BLOCK, counts, num_warps=8,
+        scratch[0], scratch[1], found, parts, vocab, _SCAN, _FOUND, counts, num_warps=_WARPS,
     )  # fmt: skip
     return found

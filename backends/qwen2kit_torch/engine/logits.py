@@ -87,10 +87,12 @@ def edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
     scores = raw_NV
     changed = [(row, edit) for row, edit in enumerate(edits) if edit.ids is not None]
     if changed:
-        scores = raw_NV.clone()
-        rows, ids, scale, shift = (part.to(raw_NV.device) for part in _joined(changed))
-        value = scores[rows, ids]
-        scores[rows, ids] = torch.where(value > 0, value / scale, value * scale) + shift
+        scores = raw_NV.clone(memory_format=torch.contiguous_format)
+        rows, ids, scale, shift = _joined(changed).to(raw_NV.device)
+        places = rows.long() * raw_NV.shape[1] + ids.long()
+        value = scores.view(-1)[places]
+        value = torch.where(value > 0, value / scale.float(), value * scale.float())
+        scores.view(-1)[places] = value + shift.float()
     masked = [(row, edit.allowed) for row, edit in enumerate(edits) if edit.allowed is not None]
     if masked:
         bits = np.stack([allowed for _, allowed in masked]).view(np.int32)
@@ -102,16 +104,21 @@ def edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
     return scores
 
 
-def _joined(changed: Sequence[tuple[int, Edit]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Row, id, scale and shift of every edited logit, ``[E]`` each."""
-    rows, ids, scale, shift = [], [], [], []
-    for row, edit in changed:
-        assert edit.ids is not None
-        count = len(edit.ids)
-        rows.append(np.full(count, row))
-        ids.append(edit.ids)
-        scale.append(np.ones(count, np.float32) if edit.scale is None else edit.scale)
-        shift.append(np.zeros(count, np.float32) if edit.shift is None else edit.shift)
-    columns = [np.concatenate(part) for part in (rows, ids, scale, shift)]
-    first, second, third, fourth = (torch.from_numpy(column) for column in columns)
-    return first, second, third, fourth
+def _joined(changed: Sequence[tuple[int, Edit]]) -> Tensor:
+    """Row, id, scale and shift of every edited logit, float64 ``[4, E]``."""
+    ids = [edit.ids for _, edit in changed if edit.ids is not None]
+    sizes = [len(part) for part in ids]
+    found = np.empty((4, sum(sizes)))
+    found[0] = np.repeat([row for row, _ in changed], sizes)
+    np.concatenate(ids, out=found[1], casting="unsafe")
+    for line, name, neutral in ((2, "scale", 1.0), (3, "shift", 0.0)):
+        parts = [getattr(edit, name) for _, edit in changed]
+        if all(part is None for part in parts):
+            found[line] = neutral
+            continue
+        filled = [
+            np.full(size, neutral) if part is None else part
+            for size, part in zip(sizes, parts, strict=True)
+        ]
+        np.concatenate(filled, out=found[line])
+    return torch.from_numpy(found)

@@ -132,7 +132,7 @@ for kind in ("*bf16", "*fp32"):
     kinds = DRAWS | {"logits": kind}
     report[f"find_peaks {kind}"] = compile(draws.find_peaks, kinds=kinds, **size)
     report[f"weigh {kind}"] = compile(draws.weigh, kinds=kinds, **counted)
-    report[f"draw {kind}"] = compile(draws.draw, 8, kinds=kinds, **counted)
+    report[f"draw {kind}"] = compile(draws.draw, 8, kinds=kinds, SCAN=4096, **(counted | dict(BLOCK=1024)))
 print(json.dumps(report))
 """
 

@@ -97,9 +97,7 @@ def weigh(
 
 
 @triton.jit
-def gather(
-    logits, limit, best, bucket, keys, ids, HEIGHT: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def gather(logits, limit, best, bucket, keys, ids, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
     """Keys and ids of a bucket, by rising id; their number, the least and the greatest key."""
     count = 0
     least = tl.full((BLOCK,), 2147483647, tl.int32)
@@ -178,7 +176,7 @@ def id_of(keys, ids, count, key, rank, BLOCK: tl.constexpr):
 @triton.jit
 def reach(
     logits, limit, best, temperature, share, value, keys, ids, bucket, count, least, most,
-    HEIGHT: tl.constexpr, BEYOND: tl.constexpr, BLOCK: tl.constexpr,
+    HEIGHT: tl.constexpr, BEYOND: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where the sum of weights reaches ``value`` (see `key_that_reaches`).
 
@@ -193,7 +191,7 @@ def reach(
     full = tl.max(tl.where(share > 0, index, 0), 0)
     wanted = tl.minimum(tl.sum(short.to(tl.int32), 0), full)
     if wanted != bucket:
-        count, least, most = gather(logits, limit, best, wanted, keys, ids, HEIGHT, BLOCK)
+        count, least, most = gather(logits, limit, best, wanted, keys, ids, HEIGHT, SCAN)
     before = tl.sum(tl.where(index < wanted, share, 0.0), 0)
     key = key_that_reaches(
         keys, count, least, most, before, value, best, temperature, False, BEYOND, BLOCK
@@ -212,11 +210,12 @@ def reach(
 @triton.jit(do_not_specialize=["parts"])
 def draw(
     logits, limits, temperatures, top_k, top_p, points, peaks, weights, counts, keys, ids, drawn,
-    parts, HEIGHT: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+    parts, HEIGHT: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
 ):  # fmt: skip
     """Ids ``[N]``, -1 where a row has NaN, +inf, or nothing finite. Grid (N,).
 
-    ``keys`` and ``ids`` are scratch ``[N, V]``. ``COUNTS``: some row has a top-k.
+    ``keys`` and ``ids`` are scratch ``[N, V]``. ``SCAN`` columns are looked through at a time for
+    what is in a bucket. ``COUNTS``: some row has a top-k.
     """
     row = tl.program_id(0)
     best = highest(peaks, row, parts)
@@ -236,7 +235,7 @@ def draw(
             number = tl.load(counts + row * _COUNT + index)
             if (kept > 0) & (kept < tl.sum(number, 0)):
                 bucket = tl.sum((tl.cumsum(number, 0) < kept).to(tl.int32), 0)
-                count, least, most = gather(logits, limit, best, bucket, keys, ids, HEIGHT, BLOCK)
+                count, least, most = gather(logits, limit, best, bucket, keys, ids, HEIGHT, SCAN)
                 before = tl.sum(tl.where(index < bucket, number, 0), 0)
                 key = key_that_reaches(
                     keys, count, least, most, before, kept, best, temperature, True, False, BLOCK
@@ -247,10 +246,10 @@ def draw(
         if part < 1:
             _, _, mass, bucket, count, least, most = reach(
                 logits, limit, best, temperature, share, part * mass, keys, ids,
-                bucket, count, least, most, HEIGHT, False, BLOCK,
+                bucket, count, least, most, HEIGHT, False, SCAN, BLOCK,
             )  # fmt: skip
         key, rank, _, bucket, count, least, most = reach(
             logits, limit, best, temperature, share, tl.load(points + row) * mass, keys, ids,
-            bucket, count, least, most, HEIGHT, True, BLOCK,
+            bucket, count, least, most, HEIGHT, True, SCAN, BLOCK,
         )  # fmt: skip
         tl.store(drawn + row, id_of(keys, ids, count, key, rank, BLOCK))
