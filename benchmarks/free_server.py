@@ -3,9 +3,9 @@
     python benchmarks/free_server.py MODEL [--step-ms 2] [--seed 0] [-- OPTIONS OF SERVE]
 
 Configuration and tokenizer are MODEL's; in place of its weights every token is drawn at random from
-the whole vocabulary, the hard case for text, since most characters arrive in pieces. A step sleeps
-for ``--step-ms``, as the host does while a device computes. `benchmarks/serving.py --free` starts
-it and reports the server's processor time per token.
+the whole vocabulary, the hard case for text, since most characters arrive in pieces. What is read
+of a pass is there ``--step-ms`` after it began, as with a device that computes beside the host.
+`benchmarks/serving.py --free` starts it and reports the server's processor time per token.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from qwen2kit.spec.model import ModelSpec
 
 DISTINCT = 1 << 16
 WIDTH = 64
+AHEAD = 2
+"""Steps that greedy decoding may be ahead of its reader."""
 
 
 class FreeModel:
@@ -36,7 +38,7 @@ class FreeModel:
 
     Args:
         spec: the model's.
-        step: seconds a step sleeps.
+        step: seconds a step takes.
         seed: of the tokens.
     """
 
@@ -62,13 +64,16 @@ class FreeSlots:
         self._place = 0
 
     def feed(self, feeds: Sequence[Feed]) -> FreeLogits:
-        return FreeLogits(self.model, self._begin(sum(feed.wanted for feed in feeds)))
+        ready = time.perf_counter() + self.model.step
+        return FreeLogits(self.model, self._next(sum(feed.wanted for feed in feeds)), ready)
 
     def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
-        rows = len(feeds)
-        end = self.capacity - max(feed.start for feed in feeds)
-        for _ in range(end):
-            yield self.model.best[self._begin(rows)]
+        rows, step = len(feeds), self.model.step
+        ready = time.perf_counter()
+        for _ in range(self.capacity - max(feed.start for feed in feeds)):
+            ready = max(ready, time.perf_counter() - AHEAD * step) + step
+            _sleep_until(ready)
+            yield self.model.best[self._next(rows)]
 
     def copy(self, source: int, target: int, length: int) -> None: ...
 
@@ -76,10 +81,8 @@ class FreeSlots:
 
     def close(self) -> None: ...
 
-    def _begin(self, rows: int) -> slice:
-        """Wait for the device, then take the next ``rows`` answers."""
-        if self.model.step:
-            time.sleep(self.model.step)
+    def _next(self, rows: int) -> slice:
+        """The places of the next answers."""
         if self._place + rows > DISTINCT:
             self._place = 0
         self._place += rows
@@ -87,25 +90,35 @@ class FreeSlots:
 
 
 class FreeLogits:
-    """Answers that are known before they are asked for."""
+    """Answers that are known before they are asked for, and given at a time (`perf_counter`)."""
 
-    def __init__(self, model: FreeModel, rows: slice) -> None:
-        self._model, self._rows = model, rows
+    quick = True
+
+    def __init__(self, model: FreeModel, rows: slice, ready: float) -> None:
+        self._model, self._rows, self._ready = model, rows, ready
 
     def greedy(self, limit: int | None) -> list[int]:
+        _sleep_until(self._ready)
         return self._model.best[self._rows]
 
     def shortlist(self, size: int, edits: Sequence[Edit]) -> Shortlist:
+        _sleep_until(self._ready)
         model, rows = self._model, self._rows
         scores, total = model.scores[rows], model.total[rows]
         return Shortlist(model.ids[rows], scores, total, scores, total)
 
     def rows(self, rows: Sequence[int]) -> Any:
-        raise AssertionError("a whole row was asked for")
+        raise AssertionError("no whole row should be asked for")
 
     def draw(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> list[int]:
-        best = self._model.best[self._rows]
+        best = self.greedy(None)
         return [best[row] for row in rows]
+
+
+def _sleep_until(end: float) -> None:
+    rest = end - time.perf_counter()
+    if rest > 0:
+        time.sleep(rest)
 
 
 def free_loader(step: float, seed: int) -> Any:
@@ -130,7 +143,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--step-ms", type=float, default=0.0, help="how long a step sleeps")
+    parser.add_argument("--step-ms", type=float, default=0.0, help="how long a step takes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", help="write the event loop's cProfile statistics there")
     options, serve_options = parser.parse_known_args()

@@ -16,6 +16,7 @@ from prometheus_client import disable_created_metrics
 
 from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import BackendError, ConfigError
+from qwen2kit.serve import collecting
 from qwen2kit.serve.app import make_app
 from qwen2kit.serve.constraints import Constraints
 from qwen2kit.serve.dispatcher import Dispatcher
@@ -88,7 +89,8 @@ def serve(serving: Serving, bound: socket.socket, ready: Callable[[], None]) -> 
         BackendError: the engine broke.
         ConfigError: another process listens there by now.
     """
-    failure = asyncio.run(_serve(serving, bound, ready))
+    with collecting.seldom():
+        failure = asyncio.run(_serve(serving, bound, ready))
     if failure is not None:
         kind = type(failure).__name__
         raise BackendError(f"the engine failed: {kind}: {failure}") from failure

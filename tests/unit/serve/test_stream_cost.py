@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.engine.text import TextEvent
 from qwen2kit.generate.sampling import Sampling
+from qwen2kit.serve import collecting
 from qwen2kit.serve.errors import ApiError, engine_failed
 from qwen2kit.serve.histogram import CheapHistogram
 from qwen2kit.serve.sse import TextEvents, sse
@@ -91,3 +93,11 @@ def test_who_stops_waiting_hinders_nobody() -> None:
         assert [event.text for _, event in await job.take()] == ["a"]
 
     asyncio.run(run())
+
+
+def test_the_collector_is_as_before_afterwards() -> None:
+    before = gc.get_threshold(), gc.get_freeze_count()
+    with collecting.seldom():
+        assert gc.get_freeze_count() > before[1]
+        assert gc.get_threshold()[0] > before[0][0]
+    assert (gc.get_threshold(), gc.get_freeze_count()) == before
