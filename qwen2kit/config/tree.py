@@ -170,7 +170,8 @@ class EvalConfig:
     """What to measure on examples that are not trained on.
 
     Attributes:
-        every: steps between evaluations; 0 evaluates before and after training only.
+        every: steps between evaluations; 0 evaluates before and after training only. Needs one of
+            the next two, unless the data is embedded.
         data: held-out data; None takes ``fraction`` of the training examples instead (for
             embedded data: its own held-out split).
         fraction: share of the training examples set aside.
@@ -331,6 +332,11 @@ class RunConfig:
                 fraction=self.eval.fraction,
             ),
             (
+                not self.eval.every or self._holds_out(),
+                "eval.every has nothing to measure: set eval.fraction or eval.data, which give "
+                "held-out data, or eval.every to 0",
+            ),
+            (
                 self.eval.questions == 0 or isinstance(self.data, EmbeddedData),
                 "eval.questions needs data.kind = embedded (other data has no short answers)",
             ),
@@ -356,6 +362,11 @@ class RunConfig:
                 "train.spike.kind = rewind needs checkpoints to go back to: set checkpoint.every",
             ),
         )
+
+    def _holds_out(self) -> bool:
+        """Whether there is data that is not trained on; embedded data always brings some."""
+        given = self.eval.data is not None or self.eval.fraction > 0
+        return given or isinstance(self.data, EmbeddedData)
 
     def _adapter_rules(self) -> tuple[tuple[bool, str], ...]:
         """An adapter changes a checkpoint's matrices and can hold nothing else."""

@@ -36,7 +36,7 @@ from qwen2kit.train.trackers import check_trackers
 if TYPE_CHECKING:
     from rich.console import Console
 
-FREE_FIELDS = ("checkpoint.", "logging.", "parallel.", "output_dir")
+FREE_FIELDS = ("checkpoint.", "logging.", "parallel.", "output_dir", "eval.every")
 """What a resumed run may do differently: none of it changes what is learned."""
 
 FIXED_FIELDS = ("model.", "adapter")

@@ -142,6 +142,24 @@ def test_bad_values_are_named(override: str, part: str) -> None:
         load_recipe("tiny", overrides)
 
 
+@pytest.mark.parametrize("recipe", ["pretrain", "sft"])
+def test_evaluations_without_held_out_data_are_refused(recipe: str) -> None:
+    with pytest.raises(ConfigError, match=r"set eval\.fraction or eval\.data") as caught:
+        load_recipe(recipe, ["eval.fraction=0"])
+    assert "\n" not in str(caught.value)
+    assert load_recipe(recipe, ["eval.fraction=0", "eval.every=0"]).eval.every == 0
+    other = load_recipe(recipe).data
+    given = [f"eval.data={{kind='jsonl', paths=['h.jsonl'], format={_format(other)}}}"]
+    assert load_recipe(recipe, ["eval.fraction=0", *given]).eval.data is not None
+    assert load_recipe("tiny", ["eval.every=5"]).eval.every == 5  # brings its own
+
+
+def _format(data: object) -> str:
+    assert isinstance(data, JsonlData)
+    fields = to_tree(data.format)
+    return "{" + ", ".join(f"{key}={value!r}" for key, value in fields.items()) + "}"
+
+
 def test_missing_keys_and_unknown_tables(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe(write(tmp_path / "a.toml", "nme = 'x'\n[modl]\nx = 1\n"))

@@ -170,6 +170,15 @@ def test_no_change_is_allowed_that_would_change_nothing(tmp_path: Path) -> None:
         run.resume(run_dir, config=tiny("train.steps=2"), allow_changes=True)
 
 
+def test_how_often_is_measured_may_change_on_the_way(tmp_path: Path) -> None:
+    config = tiny("train.steps=3", "eval.every=1")
+    run_dir = tmp_path / "run"
+    run.start_or_resume(config, run_dir)
+    document = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(document | {"status": "running"}))
+    assert run.resume(run_dir, config=run.recipe_of(run_dir, None, ["eval.every=0"])).step == 3
+
+
 def test_an_attempt_that_fails_does_not_change_the_recipe_of_the_run(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run.start(tiny("train.steps=2"), run_dir=run_dir)
