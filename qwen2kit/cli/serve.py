@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -119,8 +118,6 @@ def serve(
             drafter=drafter,
         )
         engine.engine.prepare()
-        gc.collect()
-        gc.freeze()  # a collection that looks through a framework takes as long as ten steps
         return loaded, engine
 
     loaded, engine = home.run(load).result()
