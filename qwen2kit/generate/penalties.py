@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from qwen2kit.generate.sampling import Sampling
+
+_LEAST_ROOM: Final = 64
 
 
 class Changes:
@@ -27,40 +32,63 @@ class Changes:
         seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         touched = sorted({t for t in seen if limit is None or t < limit} | set(self._bias))
         self._place = {token: index for index, token in enumerate(touched)}
-        self._ids = np.array(touched, dtype=np.int64)
         scale = [sampling.repetition_penalty if token in seen else 1.0 for token in touched]
-        self._scale = np.array(scale, dtype=np.float32)
-        self._shift = np.array([self._bias.get(token, 0.0) for token in touched], dtype=np.float32)
+        shift = [self._bias.get(token, 0.0) for token in touched]
+        self._ids = np.array(touched, dtype=np.int64)
+        self._scale, self._shift = np.array(scale, np.float32), np.array(shift, np.float32)
 
     def copy(self) -> Changes:
         """The same state, on its own."""
         twin = object.__new__(Changes)
-        twin._sampling, twin._bias, twin._ids = self._sampling, self._bias, self._ids
+        twin._sampling, twin._bias = self._sampling, self._bias
         twin._said, twin._place = dict(self._said), dict(self._place)
-        twin._scale, twin._shift = self._scale, self._shift
+        twin._ids = self._ids.copy()
+        twin._scale, twin._shift = self._scale.copy(), self._shift.copy()
         return twin
 
     def count(self, token: int) -> None:
         """``token`` was generated."""
-        import numpy as np
-
         sampling = self._sampling
         times = self._said[token] = self._said.get(token, 0) + 1
-        place = self._place.setdefault(token, len(self._place))
-        new = place == len(self._ids)
-        self._ids = np.append(self._ids, token) if new else self._ids
-        self._scale = np.append(self._scale, np.float32(1)) if new else self._scale.copy()
-        self._shift = np.append(self._shift, np.float32(0)) if new else self._shift.copy()
-        self._scale[place] = sampling.repetition_penalty
         penalty = sampling.presence_penalty + times * sampling.frequency_penalty
-        self._shift[place] = self._bias.get(token, 0.0) - penalty
+        shift = self._bias.get(token, 0.0) - penalty
+        place = self._place.get(token)
+        if place is None:
+            self._add(token, shift)
+            return
+        self._scale = _with(self._scale, place, sampling.repetition_penalty)
+        self._shift = _with(self._shift, place, shift)
+
+    def _add(self, token: int, shift: float) -> None:
+        """Behind the others, where no array that was handed out reaches."""
+        place = self._place[token] = len(self._place)
+        if place >= len(self._ids):
+            import numpy as np
+
+            room = max(_LEAST_ROOM, place)
+            self._ids, self._scale, self._shift = (
+                np.concatenate([part, np.empty(room, part.dtype)])
+                for part in (self._ids, self._scale, self._shift)
+            )
+        self._ids[place] = token
+        self._scale[place] = self._sampling.repetition_penalty
+        self._shift[place] = shift
 
     def arrays(self) -> dict[str, Any]:
         """Fields of `Edit`; later counts leave them as they are."""
-        sampling = self._sampling
+        sampling, count = self._sampling, len(self._place)
         shifts = sampling.presence_penalty or sampling.frequency_penalty or self._bias
         return {
-            "ids": self._ids,
-            "scale": self._scale if sampling.repetition_penalty != 1 else None,
-            "shift": self._shift if shifts else None,
+            "ids": self._ids[:count],
+            "scale": self._scale[:count] if sampling.repetition_penalty != 1 else None,
+            "shift": self._shift[:count] if shifts else None,
         }
+
+
+def _with(values: NDArray[np.float32], place: int, value: float) -> NDArray[np.float32]:
+    """``values`` with ``value`` at ``place``: a copy, unless it is there already."""
+    if values[place] == value:
+        return values
+    changed = values.copy()
+    changed[place] = value
+    return changed

@@ -269,10 +269,10 @@ class _Points:
         self._random: np.random.Generator | None = None
 
     def __getitem__(self, index: int) -> float:
-        import numpy as np
-
         while index >= len(self._known):
             if self._random is None:
+                import numpy as np
+
                 self._random = np.random.Generator(np.random.Philox(key=self._key))
             self._known.extend(self._random.random(64).tolist())
         return self._known[index]
