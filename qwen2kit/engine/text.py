@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from qwen2kit.backend.protocol import FinishReason, TokenEvent
 from qwen2kit.backend.slots import BROKEN
@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
 
 
-@dataclass(frozen=True, slots=True)
-class TextEvent:
+class TextEvent(NamedTuple):
     """What a step added to one request.
 
     Attributes:

@@ -43,23 +43,24 @@ class TextStream:
         if not all(stop):
             raise ConfigError("a stop string must not be empty")
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._special, self._spell = tokenizer.special_ids, tokenizer.token_bytes
         self._stop = stop
         self._begins = frozenset(text[0] for text in stop)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
         self._held = ""
 
     def push(self, token_id: int) -> str:
         """Text that became final with this token, possibly none."""
-        if self.stopped or token_id in self._tokenizer.special_ids:
+        if self.stopped or token_id in self._special:
             return ""
-        return self._release(self._utf8.decode(self._tokenizer.token_bytes(token_id)))
+        text = self._decode(self._spell(token_id))
+        return self._release(text) if self._stop else text
 
     def finish(self) -> str:
         """What was held back, now that no token follows; unfinished bytes become U+FFFD."""
         if self.stopped:
             return ""
-        text = self._release(self._utf8.decode(b"", final=True)) + self._held
+        text = self._release(self._decode(b"", final=True)) + self._held
         self._held = ""
         return text
 
