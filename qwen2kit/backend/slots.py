@@ -6,9 +6,9 @@ A backend offers `Slots`; scheduling, drawing, prefix sharing and speculation ar
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +42,7 @@ class Feed:
     wanted: int = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Edit:
+class Edit(NamedTuple):
     """What happens to one row of logits before a token is drawn from it, in this order.
 
     Attributes:
@@ -64,8 +63,7 @@ class Edit:
     temperature: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cut:
+class Cut(NamedTuple):
     """What is kept of a row's softmax at `Edit.temperature`, and where it is cut.
 
     Attributes:
@@ -76,6 +74,32 @@ class Cut:
     top_k: int = 0
     top_p: float = 1.0
     point: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """How all following tokens of one sequence are drawn.
+
+    Attributes:
+        limit, temperature: as in `Edit`.
+        top_k, top_p: as in `Cut`.
+        repetition_penalty, presence_penalty, frequency_penalty: as in
+            `qwen2kit.generate.sampling.Sampling`.
+        heard: ids that the repetition penalty counts though they were not drawn.
+        said: how often ids were drawn.
+        points: gives `Cut.point` of so many draws, from the n-th following one on: ``(n, count)``.
+    """
+
+    limit: int | None
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    heard: Sequence[int]
+    said: Mapping[int, int]
+    points: Callable[[int, int], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +226,15 @@ class Slots(Protocol):
 
     def close(self) -> None:
         """Give the memory back; idempotent. Nothing else may be called afterwards."""
+        ...
+
+
+@runtime_checkable
+class DrawingSlots(Slots, Protocol):
+    """Slots of a device that draws tokens by itself."""
+
+    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+        """As `run_greedy`, with tokens drawn by ``courses``, one for each feed."""
         ...
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 from qwen2kit.backend.slots import BROKEN, DrawingLogits, Edit, Logits, Shortlist
 from qwen2kit.engine.sequence import Sequence
@@ -41,11 +41,14 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
     limits = {block.sequence.request.sampling.vocab_limit for block in blocks}
     if len(limits) == 1 and all(block.sequence.plain for block in blocks):
         return _greedy(logits.greedy(limits.pop()), blocks)
+    if all(not block.draft and block.sequence.request.constraint is None for block in blocks):
+        found = draw_rows(logits, [block.sequence.sampler for block in blocks])
+        return [[drawn] for drawn in found]
     walks, row = [], 0
     for block in blocks:
         walks.append(_Walk(block, row))
         row += len(block.draft) + 1
-    if isinstance(logits, DrawingLogits) and logits.quick and all(w.foreseen for w in walks):
+    if _draws(logits) and logits.quick and all(walk.foreseen for walk in walks):
         return _by_the_device(logits, walks)
     size = max(block.sequence.request.sampling.shortlist_size for block in blocks)
     shortlist = logits.shortlist(size, [edit for walk in walks for edit in walk.edits])
@@ -63,7 +66,8 @@ def draw(logits: Logits, blocks: Many[Block]) -> list[list[Drawn]]:
 def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
     """One token per row, each by its own sampler; `BROKEN` where the logits are."""
     edits = [sampler.edit() for sampler in samplers]
-    if isinstance(logits, DrawingLogits) and logits.quick:
+    reports = any(sampler.sampling.reports for sampler in samplers)
+    if _draws(logits) and logits.quick and not reports:
         return _from_whole_rows(logits, list(zip(count(), samplers, edits, strict=False)))
     size = max(sampler.sampling.shortlist_size for sampler in samplers)
     shortlist = logits.shortlist(size, edits)
@@ -77,6 +81,11 @@ def draw_rows(logits: Logits, samplers: Many[Sampler]) -> list[Drawn]:
     for row, drawn in zip(stuck, late, strict=True):
         found[row] = drawn
     return [drawn for drawn in found if drawn is not None]
+
+
+def _draws(logits: Logits) -> TypeGuard[DrawingLogits]:
+    """`isinstance` of a protocol would look for every method at every step."""
+    return hasattr(logits, "quick")
 
 
 def _greedy(best: list[int], blocks: Many[Block]) -> list[list[Drawn]]:
@@ -121,7 +130,7 @@ def _from_whole_rows(logits: Logits, stuck: Many[tuple[int, Sampler, Edit]]) -> 
         return []
     rows = [row for row, _, _ in stuck]
     reports = any(sampler.sampling.reports for _, sampler, _ in stuck)
-    if isinstance(logits, DrawingLogits) and not reports:
+    if _draws(logits) and not reports:
         cuts = [sampler.cut() for _, sampler, _ in stuck]
         tokens = logits.draw(rows, [edit for _, _, edit in stuck], cuts)
         return [
