@@ -163,7 +163,7 @@ async def client(
         else:
             body["prompt"] = text
         try:
-            await _ask(server, path, body, results)
+            await _ask(server, path, body, results, checked=options.free is None)
         except (OSError, ValueError, EOFError, LookupError, TimeoutError) as error:
             results.errors.append(f"{type(error).__name__}: {error}")
 
@@ -214,7 +214,10 @@ def _head(server: Server, method: str, path: str, length: int) -> bytes:
     ).encode()
 
 
-async def _ask(server: Server, path: str, body: dict[str, Any], results: Results) -> None:
+async def _ask(
+    server: Server, path: str, body: dict[str, Any], results: Results, *, checked: bool
+) -> None:
+    """One answer; every event is read as JSON if ``checked``, else those without text."""
     data = json.dumps(body).encode()
     start = last = time.perf_counter()
     reader, writer = await asyncio.open_connection(server.host, server.port)
@@ -223,23 +226,24 @@ async def _ask(server: Server, path: str, body: dict[str, Any], results: Results
         status = (await reader.readline()).decode().split(" ", 1)[1].strip()
         if not status.startswith("200"):
             raise ValueError(status)
-        done, usage, first = False, None, True
-        while line := await reader.readline():
-            if not line.startswith(b"data: "):
-                continue
+        await reader.readuntil(b"\r\n\r\n")
+        usage, first = None, True
+        while True:
+            event = (await reader.readuntil(b"\n\n")).partition(b"data: ")[2]
             now = time.perf_counter()
-            if line.startswith(b"data: [DONE]"):
-                done = True
+            if event.startswith(b"[DONE]"):
                 break
-            document = json.loads(line[6:])
-            if "error" in document:
-                raise ValueError(document["error"]["message"])
-            usage = document.get("usage") or usage
-            if document["choices"]:
-                (results.first if first else results.between).append(now - last)
-                first, last = False, now
-                results.events += 1
-        if not done or usage is None:
+            if b'"choices":[{' not in event or checked:
+                document = json.loads(event)
+                if "error" in document:
+                    raise ValueError(document["error"]["message"])
+                usage = document.get("usage") or usage
+                if not document["choices"]:
+                    continue
+            (results.first if first else results.between).append(now - last)
+            first, last = False, now
+            results.events += 1
+        if usage is None:
             raise EOFError("the stream ended early")
         results.whole.append(time.perf_counter() - start)
         results.tokens += usage["completion_tokens"]

@@ -87,12 +87,8 @@ class CompletionAnswer:
         if self._job is not None:
             self._service.dispatcher.cancel(self._job)
 
-    async def _batches(self, choices: list[Choice]) -> AsyncIterator[list[Piece]]:
-        if self._job is None:
-            yield [choice.take(TextEvent(choice.index, "", (), "length")) for choice in choices]
-            return
-        async for batch in batches(self._job, choices):
-            yield batch
+    def _batches(self, choices: list[Choice]) -> AsyncIterator[list[Piece]]:
+        return _nothing(choices) if self._job is None else batches(self._job, choices)
 
     def _usage(self, choices: list[Choice]) -> dict[str, int]:
         return usage(sum(map(len, self._prompts)), sum(choice.tokens for choice in choices))
@@ -175,3 +171,8 @@ class CompletionAnswer:
 
     def _prompt_text(self, index: int) -> str:
         return self._tokenizer.decode(self._prompts[self._prompt_number(index)])
+
+
+async def _nothing(choices: list[Choice]) -> AsyncIterator[list[Piece]]:
+    """Where no text is asked for."""
+    yield [choice.take(TextEvent(choice.index, "", (), "length")) for choice in choices]

@@ -52,6 +52,26 @@ def test_any_ids_even_broken_utf8(tokenizer: Tokenizer, ids: list[int]) -> None:
 
 
 @given(
+    ids=st.lists(st.integers(0, 279), max_size=30),
+    stop=st.sampled_from([(), ("stop",), ("\ufffd\ufffd\ufffd\ufffd",)]),
+)
+@settings(max_examples=200, deadline=None)
+def test_what_is_held_back_stays_short(
+    tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]
+) -> None:
+    broken = [token for token in range(256) if tokenizer.token_bytes(token)[0] >= 0x80]
+    stream, said, longest = TextStream(tokenizer, stop), "", max(map(len, stop), default=0)
+    fed: list[int] = []
+    for token in [*ids, *broken, *ids]:
+        said += stream.push(token)
+        fed.append(token)
+        if stream.stopped:
+            return
+        whole = tokenizer.decode(fed, skip_special=True)
+        assert len(whole) - len(said) <= 1 + longest
+
+
+@given(
     text=st.text("abc", max_size=20),
     stop=st.lists(st.text("abc", min_size=1, max_size=5), max_size=3).map(tuple),
     cuts=st.sets(st.integers(0, 20)),
