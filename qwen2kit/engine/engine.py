@@ -29,6 +29,7 @@ from qwen2kit.generate.sampling import Drawn
 from qwen2kit.weights.tensor import HostTensor
 
 _MOST_PASSED_OVER = 8
+_CALM = 8
 
 
 class Engine:
@@ -75,6 +76,7 @@ class Engine:
         self._spoilt: set[int] = set()
         self._ahead: RunAhead | None = None
         self._last_key = -1
+        self._last_end = -_CALM
 
     @property
     def slots(self) -> int:
@@ -142,7 +144,7 @@ class Engine:
         self.stats.steps += 1
         if not self.speculates and self._ahead is None:
             sequences = list(self._running.values())
-            if can_run_ahead(sequences):
+            if self._may_run_ahead and can_run_ahead(self._slots, sequences):
                 self._ahead = RunAhead(self._slots, sequences)
         events = self._follow_ahead()
         return self._advance() if events is None else events
@@ -271,6 +273,12 @@ class Engine:
             self._stop_running_ahead()
         return events
 
+    @property
+    def _may_run_ahead(self) -> bool:
+        """Not while slots are wanted and become free every few steps: what a device has done
+        ahead is lost then."""
+        return not self._waiting or self.stats.steps - self._last_end > _CALM
+
     def _stop_running_ahead(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
@@ -346,5 +354,6 @@ class Engine:
 
     def _release(self, sequence: Sequence) -> None:
         del self._running[sequence.key]
+        self._last_end = self.stats.steps
         self._table.leave(sequence, self.stats.steps)
         self._drafter.forget(sequence.key)

@@ -1,28 +1,33 @@
-"""Greedy decoding that leaves the choice to the device, so that it need not wait for the host."""
+"""Decoding that leaves the choice to the device, so that it need not wait for the host."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qwen2kit.backend.slots import Feed, Slots
+from qwen2kit.backend.slots import BROKEN, DrawingSlots, Feed, Slots
 from qwen2kit.engine.sequence import Sequence
 
 
 class RunAhead:
-    """A `Slots.run_greedy` in progress.
+    """A `Slots.run_greedy` or `DrawingSlots.run_drawn` in progress.
 
     Sequences that end are carried along unheard until they are too many to be worth it.
 
     Args:
         slots: where the sequences are.
-        sequences: all plain greedy with one vocabulary limit, one token unfed each.
+        sequences: those for which `can_run_ahead` is true.
     """
 
     def __init__(self, slots: Slots, sequences: list[Sequence]) -> None:
         self.sequences = sequences
-        limit = sequences[0].request.sampling.vocab_limit
         feeds = [Feed(item.slot, item.fed, (item.tokens[-1],)) for item in sequences]
-        self._ids: Iterator[list[int]] = slots.run_greedy(feeds, limit)
+        self._draws = not _all_greedy(sequences)
+        self._ids: Iterator[list[int]]
+        if self._draws:
+            assert isinstance(slots, DrawingSlots)
+            self._ids = slots.run_drawn(feeds, [item.sampler.course() for item in sequences])
+        else:
+            self._ids = slots.run_greedy(feeds, sequences[0].request.sampling.vocab_limit)
 
     @property
     def worthwhile(self) -> bool:
@@ -36,7 +41,12 @@ class RunAhead:
         if ids is None:
             return None
         pairs = zip(self.sequences, ids, strict=True)
-        return [(item, token) for item, token in pairs if item.ended is None]
+        found = [(item, token) for item, token in pairs if item.ended is None]
+        if self._draws:
+            for item, token in found:
+                if token != BROKEN:
+                    item.sampler.accept(token)
+        return found
 
     def close(self) -> None:
         """Stop the device; the last token handed out counts as not fed."""
@@ -45,10 +55,15 @@ class RunAhead:
             close()
 
 
-def can_run_ahead(sequences: list[Sequence]) -> bool:
+def can_run_ahead(slots: Slots, sequences: list[Sequence]) -> bool:
     """Whether the device can choose the next tokens of all ``sequences`` by itself."""
-    return (
-        bool(sequences)
-        and all(item.plain and item.unfed == 1 for item in sequences)
-        and len({item.request.sampling.vocab_limit for item in sequences}) == 1
-    )
+    if not sequences or any(item.unfed != 1 for item in sequences):
+        return False
+    if _all_greedy(sequences):
+        return True
+    return isinstance(slots, DrawingSlots) and all(item.foreseen for item in sequences)
+
+
+def _all_greedy(sequences: list[Sequence]) -> bool:
+    limits = {item.request.sampling.vocab_limit for item in sequences}
+    return len(limits) == 1 and all(item.plain for item in sequences)

@@ -40,6 +40,12 @@ class Sequence:
         """Tokens that await feeding: 1 between two draws, more while the prompt is read."""
         return len(self.tokens) - self.fed
 
+    @property
+    def foreseen(self) -> bool:
+        """Whether a device that draws by itself needs to know no more than the tokens."""
+        sampling = self.request.sampling
+        return self.request.constraint is None and not (sampling.reports or sampling.logit_bias)
+
 
 def start(key: int, request: Request, capacity: int) -> Sequence:
     """A sequence that has not begun; a prompt that fills the capacity still gets one token."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -20,6 +20,9 @@ class Changes:
     Args:
         sampling: repetition, presence and frequency penalty, biases.
         prompt: ids the repetition penalty counts as said.
+
+    Attributes:
+        heard: those of the prompt, each once, if there is such a penalty.
     """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
@@ -30,6 +33,7 @@ class Changes:
         self._bias = {t: b for t, b in sampling.logit_bias if limit is None or t < limit}
         self._said: dict[int, int] = {}
         seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self.heard = tuple(seen)
         touched = sorted({t for t in seen if limit is None or t < limit} | set(self._bias))
         self._place = {token: index for index, token in enumerate(touched)}
         scale = [sampling.repetition_penalty if token in seen else 1.0 for token in touched]
@@ -42,9 +46,15 @@ class Changes:
         twin = object.__new__(Changes)
         twin._sampling, twin._bias = self._sampling, self._bias
         twin._said, twin._place = dict(self._said), dict(self._place)
+        twin.heard = self.heard
         twin._ids = self._ids.copy()
         twin._scale, twin._shift = self._scale.copy(), self._shift.copy()
         return twin
+
+    @property
+    def said(self) -> Mapping[int, int]:
+        """How often ids were generated."""
+        return self._said
 
     def count(self, token: int) -> None:
         """``token`` was generated."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from qwen2kit.backend.slots import Cut, Edit, Shortlist
+from qwen2kit.backend.slots import Course, Cut, Edit, Shortlist
 from qwen2kit.errors import ConfigError
 from qwen2kit.generate.edit import apply_edit
 from qwen2kit.generate.inverse_cdf import Head, locate, log_sum_exp, most_likely
@@ -239,6 +239,22 @@ class Sampler:
             return Cut()
         point = self._points[self._drawn + ahead]
         return Cut(top_k=sampling.top_k, top_p=sampling.top_p, point=point)
+
+    def course(self) -> Course:
+        """How all tokens from the next one on are drawn, biases and reports left out."""
+        sampling, changes, points, drawn = self.sampling, self._changes, self._points, self._drawn
+        return Course(
+            limit=sampling.vocab_limit,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            heard=() if changes is None else changes.heard,
+            said={} if changes is None else changes.said,
+            points=lambda first, count: [points[drawn + first + i] for i in range(count)],
+        )
 
     def accept(self, token: int) -> None:
         """Go on as if ``token`` had been drawn."""

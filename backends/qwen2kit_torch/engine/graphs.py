@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwen2kit.backend.slots import Cut, DrawingLogits, Edit, Feed
+from qwen2kit.backend.slots import Course, Cut, DrawingLogits, Edit, Feed
 from qwen2kit_torch.engine.device_logits import logits_on_device
+from qwen2kit_torch.engine.draw_tail import DrawTail
+from qwen2kit_torch.engine.draws import Scratch
 from qwen2kit_torch.engine.eager import EagerSlots
 from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits
@@ -47,16 +49,18 @@ class GraphSlots(EagerSlots):
     def __init__(self, model: Qwen2, weights: JoinedWeights, *, count: int, capacity: int) -> None:
         super().__init__(model, count=count, capacity=capacity)
         self._weights = weights
-        self._steps: dict[int, CapturedStep] = {}
+        self._steps: dict[tuple[int, bool], CapturedStep] = {}
+        self._scratch: Scratch | None = None
         self._pool: Any = None
 
     def prepare(self) -> None:
         """Capture steps of all sizes, compile what reads prompts and what draws."""
+        most = power_of_two(min(_MOST_ROWS, max(self.count, _FEW)))
         with torch.inference_mode(), torch.cuda.device(self._device):
-            for exponent in range(
-                power_of_two(min(_MOST_ROWS, max(self.count, _FEW))).bit_length()
-            ):
+            for exponent in range(most.bit_length()):
                 self._step(1 << exponent)
+            for exponent in range(power_of_two(min(_MOST_ROWS, self.count)).bit_length()):
+                self._step(1 << exponent, draws=True)
         logits = self.feed([Feed(0, 0, (0,) * min(self.capacity, _FEW + 1))])
         if isinstance(logits, DrawingLogits):
             changed = Edit(temperature=1.0, ids=np.array([0]), shift=np.ones(1, np.float32))
@@ -112,6 +116,20 @@ class GraphSlots(EagerSlots):
         with torch.inference_mode(), torch.cuda.device(self._device):
             step = self._step(len(feeds))
             step.set_rows(feeds, limit)
+        yield from self._run(step, feeds)
+
+    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+        """Feed one token per slot and go on with drawn ids; see `DrawingSlots`."""
+        if len(feeds) > _MOST_ROWS:
+            return  # an end, as when slots are full: the caller goes on by itself
+        with torch.inference_mode(), torch.cuda.device(self._device):
+            step = self._step(len(feeds), draws=True)
+            step.set_rows(feeds)
+            step.tail.set(courses)
+        yield from self._run(step, feeds)
+
+    def _run(self, step: CapturedStep, feeds: Sequence[Feed]) -> Iterator[list[int]]:
+        """Let the device go on, some steps ahead of the reader."""
         room = self.capacity - max(feed.start for feed in feeds)
         launched = 0
         for done in range(room):
@@ -127,18 +145,31 @@ class GraphSlots(EagerSlots):
         self._steps.clear()
 
     @bounded_by_memory
-    def _step(self, rows: int) -> CapturedStep:
+    def _step(self, rows: int, *, draws: bool = False) -> CapturedStep:
         bucket = power_of_two(rows)
-        step = self._steps.get(bucket)
+        step = self._steps.get((bucket, draws))
         if step is None:
             early = torch.version.hip is None
             early = early and torch.cuda.get_device_capability(self._device) >= (9, 0)
             plain = Step(
-                self._model.spec, self._weights, self._storage, bucket, self._rope(), early=early
+                self._model.spec,
+                self._weights,
+                self._storage,
+                bucket,
+                self._rope(),
+                early=early,
+                scratch=self._drawing_scratch() if draws else None,
             )
-            step = self._steps[bucket] = CapturedStep(plain, bucket, self._pool)
+            step = self._steps[bucket, draws] = CapturedStep(plain, bucket, self._pool)
             self._pool = step.graph.pool()
         return step
+
+    def _drawing_scratch(self) -> Scratch:
+        if self._scratch is None:
+            most = power_of_two(min(_MOST_ROWS, self.count))
+            vocab = self._model.spec.vocab_size
+            self._scratch = Scratch(most, vocab, self._device, said=True)
+        return self._scratch
 
     def _rope(self) -> Rope:
         return self._model.rope(self.capacity, self._device, self._weights.norm.dtype)
@@ -195,6 +226,12 @@ class CapturedStep:
         step.count.zero_()
         step.limit.fill_(step.logits.shape[1] if limit is None else limit)
 
+    @property
+    def tail(self) -> DrawTail:
+        """That of a step that draws."""
+        assert self._step.tail is not None
+        return self._step.tail
+
     def replay(self) -> None:
         """Queue the step."""
         self.graph.replay()
@@ -209,6 +246,8 @@ class CapturedStep:
         """Queue step ``number``, and the copy of its ids on a stream of its own."""
         place = number % HISTORY
         computed, copied = self._events[place]
+        if place == 0 and self._step.tail is not None:
+            self._step.tail.set_points(number)
         self.graph.replay()
         computed.record()
         with torch.cuda.stream(self._copies):

@@ -15,6 +15,8 @@ import triton
 from torch import Tensor
 
 from qwen2kit.spec.model import ModelSpec
+from qwen2kit_torch.engine.draw_tail import DrawTail
+from qwen2kit_torch.engine.draws import Scratch
 from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights, Matrix
 from qwen2kit_torch.engine.kernels import attention, products
 from qwen2kit_torch.engine.kernels import rows as kernels
@@ -39,8 +41,10 @@ class Step(Layers):
         spec, weights, storage, count, rope: as for `Layers`.
         early: let kernels start before their predecessor has ended (compute capability 9).
         tiling: of a single row's products and of attention, instead of the default.
+        scratch: if given, the step draws its next tokens (see `DrawTail`).
 
     Attributes:
+        tail: draws the next tokens; None if the most likely are taken.
         rows: as for `Layers`, at first without slots; the step replaces the tokens by the next
             ones and counts the positions up.
         limit: int32 ``[1]``, ids from here on are not chosen.
@@ -60,6 +64,7 @@ class Step(Layers):
         *,
         early: bool,
         tiling: Tiles | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         super().__init__(spec, weights, storage, count, rope)
         self._early = early and count == 1
@@ -80,6 +85,9 @@ class Step(Layers):
         self.rows[1] = -1
         self.limit, self.count, self.history = ints(1), ints(1), ints(HISTORY, count)
         self.logits = torch.empty(count, spec.vocab_size, dtype=dtype, device=device)
+        self.tail: DrawTail | None = None
+        if scratch is not None:
+            self.tail = DrawTail(count, spec.vocab_size, scratch, self.count, HISTORY)
         self._best, self._best_ids = floats(count, self._blocks), ints(count, self._blocks)
         pairs = (count, spec.num_key_value_heads)
         self._arrived = ints(*pairs)
@@ -96,6 +104,14 @@ class Step(Layers):
         else:
             self.run_layers(self.attend)
             torch.mm(self.final_norm(), self._weights.head.t(), out=self.logits)
+        if self.tail is None:
+            self.choose()
+        else:
+            self.tail.run(self.logits, self.rows, self.history)
+
+    def choose(self) -> None:
+        """The most likely ids become the next tokens."""
+        if self._r > 1:
             kernels.best_of_blocks[(self._blocks, self._r)](
                 self.logits, self.limit, self._best, self._best_ids, self._spec.vocab_size,
                 self._blocks, _VOCABULARY_BLOCK,

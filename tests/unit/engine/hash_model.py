@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from qwen2kit.backend.conformance.models import UNTIED
 from qwen2kit.backend.protocol import FinishReason
-from qwen2kit.backend.slots import BROKEN, Cut, Edit, Feed
+from qwen2kit.backend.slots import BROKEN, Course, Cut, Edit, Feed
 from qwen2kit.engine.host_logits import HostLogits
 from qwen2kit.engine.recompute import RecomputingSlots
 from qwen2kit.engine.request import Constraint, Request
@@ -71,7 +71,7 @@ class WatchedSlots(RecomputingSlots):
         super().__init__(model, count, capacity)  # type: ignore[arg-type]
         self.fed: list[list[Feed]] = []
         self.copies: list[tuple[int, int, int]] = []
-        self.runs = self.run_steps = 0
+        self.runs = self.run_steps = self.run_rows = 0
         self.running = False
         self.closed = False
 
@@ -83,13 +83,35 @@ class WatchedSlots(RecomputingSlots):
         return QuickLogits(found.rows(wanted)) if len(self.fed) % 2 else found
 
     def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+        return self._watched(feeds, super().run_greedy(feeds, limit))
+
+    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+        return self._watched(feeds, self._drawn(feeds, courses))
+
+    def _drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+        said = [dict(course.said) for course in courses]
+        for step in range(self.capacity):
+            if any(feed.start >= self.capacity for feed in feeds):
+                return
+            rows = self.feed(feeds).rows(range(len(feeds)))
+            tokens = []
+            for row, course, own in zip(rows, courses, said, strict=True):
+                tokens.append(_by(course, own, row, step))
+                own[tokens[-1]] = own.get(tokens[-1], 0) + 1
+            yield tokens
+            feeds = [
+                Feed(feed.slot, feed.start + 1, (max(token, 0),))
+                for feed, token in zip(feeds, tokens, strict=True)
+            ]
+
+    def _watched(self, feeds: Sequence[Feed], run: Iterator[list[int]]) -> Iterator[list[int]]:
         self.runs += 1
         assert not self.running
-        run = super().run_greedy(feeds, limit)
         try:
             while (ids := next(run, None)) is not None:
                 self.fed.pop()
                 self.run_steps += 1
+                self.run_rows += len(feeds)
                 self.running = True
                 yield ids
                 self.running = False
@@ -108,6 +130,22 @@ class WatchedSlots(RecomputingSlots):
     def close(self) -> None:
         self.closed = True
         super().close()
+
+
+def _by(course: Course, said: dict[int, int], row: NDArray[np.float32], step: int) -> int:
+    """The id that ``course`` draws at a later ``step``."""
+    scores = row.copy()
+    for token in {*course.heard, *said}:
+        value, penalty = scores[token], np.float32(course.repetition_penalty)
+        scores[token] = value / penalty if value > 0 else value * penalty
+        if token in said:
+            less = course.presence_penalty + said[token] * course.frequency_penalty
+            scores[token] -= np.float32(less)
+    how = Sampling(temperature=course.temperature, top_k=course.top_k, top_p=course.top_p)
+    try:
+        return draw_from_row(scores[: course.limit], how, course.points(step, 1)[0])
+    except NonFiniteLogits:
+        return BROKEN
 
 
 class EveryThird(Constraint):

@@ -241,7 +241,7 @@ def test_n_answers_to_one_prompt_read_it_once() -> None:
     assert engine.stats.cached_tokens == 3 * 39
     assert sorted(length for _, _, length in model.given[0].copies) == [39, 39, 39]
     fed = sum(len(feed.tokens) for feeds in model.given[0].fed for feed in feeds)
-    assert fed == 40 + 3 + 4 * 5
+    assert fed + model.given[0].run_rows == 40 + 3 + 4 * 5
 
 
 def test_a_shared_stem_is_copied_from_a_slot_in_use() -> None:
@@ -328,20 +328,29 @@ def test_a_run_carries_few_that_have_ended(together: int, runs: int) -> None:
     assert engine._table.free == together
 
 
-def test_one_sampled_request_ends_the_run() -> None:
+def test_a_sampled_request_joins_the_run_and_one_that_reports_ends_it() -> None:
     model = HashModel()
     engine = engine_of(model)
-    engine.submit(Request((1,), Sampling(max_new_tokens=40)))
-    for _ in range(5):
-        engine.step()
-    assert model.given[0].run_steps == 5
-    engine.submit(Request((2,), Sampling(max_new_tokens=40, temperature=1.0)))
-    for _ in range(5):
-        engine.step()
-    assert model.given[0].run_steps == 5
-    engine.cancel(0)
-    engine.cancel(1)
+    for steps, how in ((5, {}), (10, {"temperature": 1.0}), (10, {"logprobs": True})):
+        engine.submit(Request((steps,), Sampling(max_new_tokens=40, **how)))  # type: ignore[arg-type]
+        for _ in range(5):
+            engine.step()
+        assert model.given[0].run_steps == steps
+    for key in range(3):
+        engine.cancel(key)
     assert engine.step() == []
+
+
+def test_nothing_runs_ahead_while_slots_are_wanted_and_become_free() -> None:
+    """Requests end every few steps, others wait: what had run ahead would be lost."""
+    for lengths, ahead in (([3, 4, 5, 6] * 4, False), ([30, 30, 3, 3], True)):
+        model = HashModel()
+        engine = engine_of(model, slots=2)
+        requests = [Request((i,), Sampling(max_new_tokens=n)) for i, n in enumerate(lengths)]
+        found = run(engine, *requests)
+        assert (model.given[0].run_steps > sum(lengths) / 4) == ahead
+        for key, request in enumerate(requests):
+            assert found[key] == [drawn.token for drawn, _ in alone(model, request, 99)]
 
 
 def test_right_drafts_save_passes_and_wrong_ones_cost_nothing_but_work() -> None:

@@ -18,11 +18,20 @@ class Stepped:
         count, capacity: of the slots.
         rows: of the step.
         anchored: whether keys stand less their bias, as in float32, or have it, as in 16 bits.
+        draws: whether the step draws.
     """
 
     def __init__(
-        self, model: Any, count: int, capacity: int, rows: int, *, anchored: bool = True
+        self,
+        model: Any,
+        count: int,
+        capacity: int,
+        rows: int,
+        *,
+        anchored: bool = True,
+        draws: bool = False,
     ) -> None:
+        from qwen2kit_torch.engine.draws import Scratch
         from qwen2kit_torch.engine.eager import EagerSlots
         from qwen2kit_torch.engine.joined import join
         from qwen2kit_torch.engine.step import Step
@@ -32,8 +41,15 @@ class Stepped:
                 module.anchored = anchored
         self.eager = EagerSlots(model.module, count=count, capacity=capacity)
         rope = model.module.rope(capacity, torch.device("cpu"), torch.float32)
+        scratch = Scratch(rows, model.spec.vocab_size, torch.device("cpu"), said=True)
         self.step = Step(
-            model.spec, join(model.module), self.eager._storage, rows, rope, early=False
+            model.spec,
+            join(model.module),
+            self.eager._storage,
+            rows,
+            rope,
+            early=False,
+            scratch=scratch if draws else None,
         )
         self.step.limit.fill_(model.spec.vocab_size)
 

@@ -90,7 +90,9 @@ def test_prepared_slots_give_the_same_and_capture_nothing_later() -> None:
             if prepare:
                 engine.prepare()
                 known = dict(engine._slots._steps)  # type: ignore[attr-defined]
-                assert set(known) == {1, 2, 4, 8, 16, 32, 64}
+                assert set(known) == {(1 << n, False) for n in range(7)} | {
+                    (1 << n, True) for n in range(4)
+                }
             texts: dict[int, list[int]] = {}
             for seed, length in enumerate((3, 70, 90, 5, 8)):
                 how = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=seed)
@@ -103,6 +105,37 @@ def test_prepared_slots_give_the_same_and_capture_nothing_later() -> None:
             return [tuple(text) for text in texts.values()]
 
     assert sampled(prepare=True) == sampled(prepare=False)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_what_the_device_draws_ahead_is_what_a_sampler_draws(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy rows, penalties and every cut together, longer than points are set for at a time."""
+    kinds = [
+        {"temperature": 1.0},
+        {"temperature": 0.8, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.1},
+        {},
+        {"repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"temperature": 1.5, "frequency_penalty": 0.4, "vocab_limit": 150},
+    ]
+    model = on_cuda("tied")
+
+    def texts(*, ahead: bool) -> list[list[int]]:
+        if not ahead:
+            monkeypatch.setattr("qwen2kit.engine.engine.can_run_ahead", lambda *_: False)
+        found: dict[int, list[int]] = {}
+        with Engine(model, slots=rows, capacity=160) as engine:
+            for row in range(rows):
+                how = Sampling(max_new_tokens=40 + row, seed=row, **kinds[(row + 1) % len(kinds)])
+                prompt = tuple(TOKENS[row % 7 :])
+                found[engine.submit(Request(prompt, how))] = []
+            while engine.busy:
+                for event in engine.step():
+                    found[event.prompt].append(event.token)
+        return list(found.values())
+
+    assert texts(ahead=True) == texts(ahead=False)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

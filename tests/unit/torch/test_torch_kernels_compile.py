@@ -36,7 +36,7 @@ KINDS = dict(
 DRAWS = dict(
     limits="*i32", temperatures="*fp64", top_k="*i32", top_p="*fp64", points="*fp64",
     peaks="*fp32", weights="*fp64", counts="*i32", keys="*i32", ids="*i32", drawn="*i32",
-    parts="i32", width="i32",
+    parts="i32", width="i32", said="*i16", rules="*fp64",
 )
 
 def stack(cubin):
@@ -127,12 +127,14 @@ for bits in (4, 8):
     )
     report[f"expand {bits}"] = compile(packed.expand, WIDTH=HIDDEN, BLOCK=1024, BITS=bits, GROUP=64)
 for kind in ("*bf16", "*fp32"):
-    size = dict(HEIGHT=VOCAB, BLOCK=2048)
+    size = dict(HEIGHT=VOCAB, BLOCK=2048, PENALISED=kind == "*bf16")
     counted = size | dict(COUNTS=True)
     kinds = DRAWS | {"logits": kind}
     report[f"find_peaks {kind}"] = compile(draws.find_peaks, kinds=kinds, **size)
     report[f"weigh {kind}"] = compile(draws.weigh, kinds=kinds, **counted)
-    report[f"draw {kind}"] = compile(draws.draw, 8, kinds=kinds, SCAN=4096, **(counted | dict(BLOCK=1024)))
+    counted |= dict(BLOCK=1024, SCAN=2048 if kind == "*bf16" else 4096, STEPS=32)
+    report[f"draw {kind}"] = compile(draws.draw, 8, kinds=kinds, **counted)
+report["advance"] = compile(draws.advance, kinds=DRAWS, ROWS=8, STEPS=32, HEIGHT=VOCAB)
 print(json.dumps(report))
 """
 

@@ -26,10 +26,26 @@ _SPAN = tl.constexpr(MOST_PARTS)
 
 
 @triton.jit
-def scores_of(logits, column, limit, HEIGHT: tl.constexpr):
-    """float32 scores of some columns of a row, without -0.0; -inf for those that are out."""
+def scores_of(
+    logits, said, rules, column, limit, HEIGHT: tl.constexpr, PENALISED: tl.constexpr
+):  # fmt: skip
+    """float32 scores of some columns of a row, without -0.0; -inf for those that are out.
+
+    If ``PENALISED``, penalties for what was said are taken off first, each operation rounded to
+    float32 as on a host. ``said`` int16 ``[V]``: how often, times two, and one if the repetition
+    penalty counts it; ``rules`` float64: repetition, presence and frequency penalty.
+    """
     inside = (column < HEIGHT) & (column < limit)
     found = tl.load(logits + column, mask=inside, other=-float("inf")).to(tl.float32)
+    if PENALISED:
+        told = tl.load(said + column, mask=inside, other=0).to(tl.int32)
+        repetition = tl.load(rules).to(tl.float32)
+        divided = tl.math.div_rn(found, tl.full(found.shape, 1.0, tl.float32) * repetition)
+        repeated = tl.where(found > 0, divided, found * repetition)
+        found = tl.where(told % 2 == 1, repeated, found)
+        times = (told // 2).to(tl.float64)
+        penalty = (tl.load(rules + 1) + times * tl.load(rules + 2)).to(tl.float32)
+        found = tl.where(told > 1, found - penalty, found)
     return tl.where(found == 0, 0.0, found)
 
 
@@ -63,31 +79,39 @@ def highest(peaks, row, parts):
 
 
 @triton.jit(do_not_specialize=["parts", "width"])
-def find_peaks(logits, limits, peaks, parts, width, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def find_peaks(
+    logits, said, rules, limits, peaks, parts, width,
+    HEIGHT: tl.constexpr, BLOCK: tl.constexpr, PENALISED: tl.constexpr,
+):  # fmt: skip
     """The best score of every part of ``width`` columns, +inf where there is NaN. Grid (S, N)."""
     part, row = tl.program_id(0), tl.program_id(1)
-    limit = tl.load(limits + row)
+    limit, first = tl.load(limits + row), row.to(tl.int64) * HEIGHT
     best = tl.full((BLOCK,), -float("inf"), tl.float32)
     for start in range(part * width, (part + 1) * width, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        score = scores_of(logits + row.to(tl.int64) * HEIGHT, column, limit, HEIGHT)
+        score = scores_of(
+            logits + first, said + first, rules + 3 * row, column, limit, HEIGHT, PENALISED
+        )
         best = tl.maximum(best, tl.where(score == score, score, float("inf")))
     tl.store(peaks + row * parts + part, tl.max(best, 0))
 
 
 @triton.jit(do_not_specialize=["parts", "width"])
 def weigh(
-    logits, limits, temperatures, peaks, weights, counts, parts, width,
-    HEIGHT: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+    logits, said, rules, limits, temperatures, peaks, weights, counts, parts, width,
+    HEIGHT: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr, PENALISED: tl.constexpr,
 ):  # fmt: skip
     """Add up weights, and count scores if ``COUNTS``, in ``[N, BUCKETS]`` of zeros. Grid (S, N)."""
     part, row = tl.program_id(0), tl.program_id(1)
     limit, temperature = tl.load(limits + row), tl.load(temperatures + row)
+    first = row.to(tl.int64) * HEIGHT
     best = highest(peaks, row, parts)
     if (best > -float("inf")) & (best < float("inf")):
         for start in range(part * width, (part + 1) * width, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            score = scores_of(logits + row.to(tl.int64) * HEIGHT, column, limit, HEIGHT)
+            score = scores_of(
+                logits + first, said + first, rules + 3 * row, column, limit, HEIGHT, PENALISED
+            )
             weight = weight_of(score, best, temperature)
             place = row * _COUNT + bucket_of(best, score)
             own = score > -float("inf")
@@ -97,7 +121,10 @@ def weigh(
 
 
 @triton.jit
-def gather(logits, limit, best, bucket, keys, ids, HEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def gather(
+    logits, said, rules, limit, best, bucket, keys, ids,
+    HEIGHT: tl.constexpr, PENALISED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Keys and ids of a bucket, by rising id; their number, the least and the greatest key."""
     count = 0
     least = tl.full((BLOCK,), 2147483647, tl.int32)
@@ -105,7 +132,7 @@ def gather(logits, limit, best, bucket, keys, ids, HEIGHT: tl.constexpr, BLOCK: 
     tl.debug_barrier()
     for start in range(0, HEIGHT, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        score = scores_of(logits, column, limit, HEIGHT)
+        score = scores_of(logits, said, rules, column, limit, HEIGHT, PENALISED)
         own = (score > -float("inf")) & (bucket_of(best, score) == bucket)
         key = key_of(score)
         one = own.to(tl.int32)
@@ -175,8 +202,9 @@ def id_of(keys, ids, count, key, rank, BLOCK: tl.constexpr):
 
 @triton.jit
 def reach(
-    logits, limit, best, temperature, share, value, keys, ids, bucket, count, least, most,
-    HEIGHT: tl.constexpr, BEYOND: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
+    logits, said, rules, limit, best, temperature, share, value, keys, ids,
+    bucket, count, least, most, HEIGHT: tl.constexpr, PENALISED: tl.constexpr,
+    BEYOND: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Where the sum of weights reaches ``value`` (see `key_that_reaches`).
 
@@ -191,7 +219,9 @@ def reach(
     full = tl.max(tl.where(share > 0, index, 0), 0)
     wanted = tl.minimum(tl.sum(short.to(tl.int32), 0), full)
     if wanted != bucket:
-        count, least, most = gather(logits, limit, best, wanted, keys, ids, HEIGHT, SCAN)
+        count, least, most = gather(
+            logits, said, rules, limit, best, wanted, keys, ids, HEIGHT, PENALISED, SCAN
+        )
     before = tl.sum(tl.where(index < wanted, share, 0.0), 0)
     key = key_that_reaches(
         keys, count, least, most, before, value, best, temperature, False, BEYOND, BLOCK
@@ -209,22 +239,24 @@ def reach(
 
 @triton.jit(do_not_specialize=["parts"])
 def draw(
-    logits, limits, temperatures, top_k, top_p, points, peaks, weights, counts, keys, ids, drawn,
-    parts, HEIGHT: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr, COUNTS: tl.constexpr,
+    logits, said, rules, limits, temperatures, top_k, top_p, points, step, peaks, weights, counts,
+    keys, ids, drawn, parts, HEIGHT: tl.constexpr, SCAN: tl.constexpr, BLOCK: tl.constexpr,
+    COUNTS: tl.constexpr, PENALISED: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """Ids ``[N]``, -1 where a row has NaN, +inf, or nothing finite. Grid (N,).
 
     ``keys`` and ``ids`` are scratch ``[N, V]``. ``SCAN`` columns are looked through at a time for
-    what is in a bucket. ``COUNTS``: some row has a top-k.
+    what is in a bucket. ``COUNTS``: some row has a top-k. ``points`` are ``[N, STEPS]``, taken in
+    turn as ``step`` counts from 1.
     """
     row = tl.program_id(0)
     best = highest(peaks, row, parts)
     if (best == -float("inf")) | (best == float("inf")):
         tl.store(drawn + row, -1)
     else:
-        logits += row.to(tl.int64) * HEIGHT
-        keys += row.to(tl.int64) * HEIGHT
-        ids += row.to(tl.int64) * HEIGHT
+        first = row.to(tl.int64) * HEIGHT
+        logits, said, keys, ids = logits + first, said + first, keys + first, ids + first
+        rules += 3 * row
         limit, temperature = tl.load(limits + row), tl.load(temperatures + row)
         index = tl.arange(0, _COUNT)
         share = tl.load(weights + row * _COUNT + index)
@@ -235,7 +267,9 @@ def draw(
             number = tl.load(counts + row * _COUNT + index)
             if (kept > 0) & (kept < tl.sum(number, 0)):
                 bucket = tl.sum((tl.cumsum(number, 0) < kept).to(tl.int32), 0)
-                count, least, most = gather(logits, limit, best, bucket, keys, ids, HEIGHT, SCAN)
+                count, least, most = gather(
+                    logits, said, rules, limit, best, bucket, keys, ids, HEIGHT, PENALISED, SCAN
+                )
                 before = tl.sum(tl.where(index < bucket, number, 0), 0)
                 key = key_that_reaches(
                     keys, count, least, most, before, kept, best, temperature, True, False, BLOCK
@@ -245,11 +279,33 @@ def draw(
         part = tl.load(top_p + row)
         if part < 1:
             _, _, mass, bucket, count, least, most = reach(
-                logits, limit, best, temperature, share, part * mass, keys, ids,
-                bucket, count, least, most, HEIGHT, False, SCAN, BLOCK,
+                logits, said, rules, limit, best, temperature, share, part * mass, keys, ids,
+                bucket, count, least, most, HEIGHT, PENALISED, False, SCAN, BLOCK,
             )  # fmt: skip
+        point = tl.load(points + row * STEPS + (tl.load(step) - 1) % STEPS)
         key, rank, _, bucket, count, least, most = reach(
-            logits, limit, best, temperature, share, tl.load(points + row) * mass, keys, ids,
-            bucket, count, least, most, HEIGHT, True, SCAN, BLOCK,
+            logits, said, rules, limit, best, temperature, share, point * mass, keys, ids,
+            bucket, count, least, most, HEIGHT, PENALISED, True, SCAN, BLOCK,
         )  # fmt: skip
         tl.store(drawn + row, id_of(keys, ids, count, key, rank, BLOCK))
+
+
+@triton.jit
+def advance(
+    drawn, slots, positions, tokens, history, step, said,
+    ROWS: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Drawn ids become the rows' next tokens, and are said; positions grow. Grid (R,).
+
+    ``history`` ``[STEPS, R]`` keeps the ids, -1 where there were none.
+    """
+    row = tl.program_id(0)
+    token = tl.load(drawn + row)
+    tl.store(history + (tl.load(step) - 1) % STEPS * ROWS + row, token)
+    tl.store(tokens + row, tl.maximum(token, 0))
+    if tl.load(slots + row) >= 0:
+        tl.store(positions + row, tl.load(positions + row) + 1)
+    if token >= 0:
+        place = said + row.to(tl.int64) * HEIGHT + token
+        told = tl.load(place).to(tl.int32)
+        tl.store(place, tl.where(told < 32000, (told | 1) + 2, told).to(tl.int16))

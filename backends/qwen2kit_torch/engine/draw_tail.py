@@ -1,0 +1,86 @@
+"""The end of a step that draws its own next tokens, penalties and all.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwen2kit.backend.slots import Course, Cut, Edit
+from qwen2kit_torch.engine.draws import Draws, Scratch
+from qwen2kit_torch.engine.kernels import draws as kernels
+
+_MOST_TIMES = 16_000
+
+
+class DrawTail:
+    """Buffers and launches for R rows.
+
+    Args:
+        count: R.
+        vocab: V.
+        scratch: for R rows at least; shared with tails that do not run at the same time.
+        step: int32 ``[1]``, number of the step, from 1 on.
+        steps: for how many steps points are set at a time.
+    """
+
+    def __init__(self, count: int, vocab: int, scratch: Scratch, step: Tensor, steps: int) -> None:
+        self._count, self._vocab, self._steps = count, vocab, steps
+        self._draws = Draws(count, vocab, step.device, scratch=scratch, steps=steps)
+        self._draws.step = step
+        self._said = scratch.said[:count]
+        self._penalties = torch.zeros(count, 3, dtype=torch.float64, device=step.device)
+        self.set(())
+        self.set_points(0)
+
+    def set(self, courses: Sequence[Course]) -> None:
+        """What the following steps draw by, row by row; rows beyond them draw anything."""
+        self._courses = courses
+        edits = [Edit(limit=each.limit, temperature=each.temperature) for each in courses]
+        self._draws.set(edits, [Cut(each.top_k, each.top_p) for each in courses])
+        penalties = [
+            [each.repetition_penalty, each.presence_penalty, each.frequency_penalty]
+            for each in courses
+        ]
+        rest = [[1.0, 0.0, 0.0]] * (self._count - len(courses))
+        self._penalties.copy_(torch.tensor(penalties + rest, dtype=torch.float64))
+        self._said.zero_()
+        told = self._told(courses)
+        if told.shape[1]:
+            places, values = torch.from_numpy(told).to(self._said.device)
+            self._said.view(-1)[places] = values.short()
+
+    def set_points(self, first: int) -> None:
+        """Points of the draws from the ``first``-th on, for as many steps as there is room."""
+        points = np.zeros((self._count, self._steps))
+        for row, course in enumerate(self._courses):
+            if course.temperature > 0:
+                points[row] = course.points(first, self._steps)
+        self._draws.points.copy_(torch.from_numpy(points))
+
+    def run(self, logits: Tensor, rows: Tensor, history: Tensor) -> None:
+        """Launch: ids drawn from ``logits`` ``[R, V]`` go into ``rows`` (see `Step`), positions
+        grow, and ``history`` keeps the ids."""
+        token, slot, position = rows
+        self._draws.run(logits, counts=True, said=self._said, penalties=self._penalties)
+        kernels.advance[(self._count,)](
+            self._draws.drawn, slot, position, token, history, self._draws.step, self._said,
+            self._count, self._steps, self._vocab,
+        )  # fmt: skip
+
+    def _told(self, courses: Sequence[Course]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+        """Places in ``said`` that are not 0, and what they hold, ``[2, n]``."""
+        places: list[int] = []
+        values: list[int] = []
+        for row, course in enumerate(courses):
+            heard = dict.fromkeys(course.heard, 1)
+            for token, times in course.said.items():
+                heard[token] = 1 + 2 * min(times, _MOST_TIMES)
+            places += [row * self._vocab + token for token in heard]
+            values += heard.values()
+        return np.array([places, values], dtype=np.int64)
