@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwen2kit.cli.abandon import abandon
+from qwen2kit.cli.train_signals import answered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,8 @@ def train(
         raise ConfigError("--max-restarts needs --nproc")
     screen = console()
     try:
-        result = request.run(screen)
+        with answered(resume or run_dir):
+            result = request.run(screen)
     except BaseException as error:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             abandon(error)
@@ -179,8 +181,9 @@ def _summarise(result: RunResult, screen: Console) -> None:
     from qwen2kit.train.live import clock, eval_cells
 
     if result.status == "stopped":
+        rest = ", before its model was written" if result.step == result.total_steps else ""
         screen.print(
-            f"stopped by {result.signal} after step {result.step}; continue with: "
+            f"stopped by {result.signal} after step {result.step}{rest}; continue with: "
             f"qwen2kit train --resume {result.run_dir}",
             markup=False,
             soft_wrap=True,

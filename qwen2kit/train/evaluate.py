@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isfinite
 from typing import Any
 
@@ -25,23 +26,28 @@ class Evaluator:
         if isinstance(config.data, EmbeddedData) and config.eval.questions:
             self._questions = tuple(generate(config.data.seed, config.eval.questions, True))
 
-    def measure(self, model: TrainableModel) -> dict[str, Any]:
+    def measure(self, model: TrainableModel, go_on: Callable[[], None]) -> dict[str, Any]:
         """``loss`` in nats per supervised token (None if not finite), ``exact_match`` from 0 to 1
-        (and by kind)."""
+        (and by kind).
+
+        Args:
+            go_on: called before each batch; what it raises ends the measurement.
+        """
         figures: dict[str, Any] = {}
         if self._held_out is not None:
-            loss = self._loss(model, self._held_out)
+            loss = self._loss(model, self._held_out, go_on)
             figures["loss"] = loss if isfinite(loss) else None
         if self._questions:
-            result = exact_match(model, self._tokenizer, self._questions)
+            result = exact_match(model, self._tokenizer, self._questions, go_on=go_on)
             figures["exact_match"] = result.score
             figures["questions"] = result.total
             figures["by_kind"] = {kind: list(score) for kind, score in result.by_kind.items()}
         return figures
 
-    def _loss(self, model: TrainableModel, loader: Loader) -> float:
+    def _loss(self, model: TrainableModel, loader: Loader, go_on: Callable[[], None]) -> float:
         total, tokens = 0.0, 0
         for batch in loader.first_rows(self._max_rows):
+            go_on()
             metrics = model.loss(batch)
             total += metrics.loss * metrics.supervised_tokens
             tokens += metrics.supervised_tokens

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwen2kit.backend.protocol import CompiledModel
@@ -41,14 +41,19 @@ def exact_match(
     questions: Sequence[Question],
     *,
     batch: int = 64,
+    go_on: Callable[[], None] = lambda: None,
 ) -> ExactMatch:
     """Ask ``questions`` through the chat template; an answer counts if it equals the expected
-    text and the model ended its turn by itself (surrounding white space is ignored)."""
-    answers = [
-        answer
-        for start in range(0, len(questions), batch)
-        for answer in _answers(model, tokenizer, questions[start : start + batch])
-    ]
+    text and the model ended its turn by itself (surrounding white space is ignored).
+
+    Args:
+        batch: questions answered together.
+        go_on: called before each batch; what it raises ends the work.
+    """
+    answers: list[str] = []
+    for start in range(0, len(questions), batch):
+        go_on()
+        answers += _answers(model, tokenizer, questions[start : start + batch])
     by_kind: dict[str, tuple[int, int]] = {}
     for question, answer in zip(questions, answers, strict=True):
         correct, total = by_kind.get(question.kind, (0, 0))

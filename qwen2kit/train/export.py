@@ -41,18 +41,22 @@ def export_model(
     dtype: DType,
     chat: bool,
     processes: Processes | None = None,
+    go_on: Callable[[], None] = lambda: None,
 ) -> None:
     """Write ``directory`` (replacing it): config.json, safetensors, tokenizer, generation defaults.
 
     Tensors stream one at a time; the directory appears under its name only when complete. All
     processes call this; process 0 writes.
 
+    Args:
+        go_on: called before each tensor, on all processes; what it raises ends the export.
+
     Raises:
         OSError: the disk is full or not writable.
         PeerError: process 0 failed.
     """
     processes = processes or SingleProcess()
-    tensors = model.export()
+    tensors = _each(model.export(), go_on)
     spec = spec_for_export(model.spec, tokenizer, chat=chat)
     error: OSError | None = None
     if processes.rank == 0:
@@ -68,15 +72,27 @@ def export_model(
     settle(processes, error)
 
 
+def _each(
+    tensors: Iterator[tuple[str, HostTensor]], go_on: Callable[[], None]
+) -> Iterator[tuple[str, HostTensor]]:
+    for tensor in tensors:
+        go_on()
+        yield tensor
+
+
 def _replace(directory: Path, write: Callable[[Path], None]) -> None:
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, retired = (
+        directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "replaced")
+    )
+    for leftover in (partial, retired):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write(partial)
-        if directory.exists():
-            shutil.rmtree(directory)
+        if directory.exists():  # whole until it is gone: never half a model under its name
+            directory.replace(retired)
         partial.replace(directory)
+        shutil.rmtree(retired, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -20,7 +20,7 @@ from qwen2kit.errors import TrainingError
 from qwen2kit.train.guard import Guard
 from qwen2kit.train.metrics import Record, Sink
 from qwen2kit.train.pace import Pace, Timer
-from qwen2kit.train.signals import StopRequest
+from qwen2kit.train.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +82,7 @@ class Hooks(Protocol):
         ...
 
     def evaluate(self, progress: Progress) -> None:
-        """Measure on held-out data."""
+        """Measure on held-out data. Raises Stopped if a stop is requested meanwhile."""
         ...
 
 
@@ -104,7 +104,8 @@ def run_loop(
 
     Returns whether it was, with steps of the run left to do.
 
-    A checkpoint is always begun before an evaluation, and complete when the loop ends.
+    A checkpoint is always begun before an evaluation, and complete when the loop ends. An
+    evaluation that a stop request ends is left to the resumed run.
 
     Raises:
         TrainingError: the guard gives up (naming the step), or a checkpoint cannot be saved.
@@ -131,14 +132,26 @@ def run_loop(
             sink.write(_record(progress, metrics, lr, pace, cadence.total))
         stopping = hooks.attend(stop.requested is not None)
         ending = stopping or progress.step == cadence.end
-        if ending or _due(progress.step, cadence.checkpoint_every) or timer.due():
+        saving = ending or _due(progress.step, cadence.checkpoint_every) or timer.due()
+        if saving:
             hooks.save(progress)
             timer.reset()
         last = progress.step == cadence.total  # which is evaluated anyway, before the export
         if not stopping and not last and _due(progress.step, cadence.eval_every):
-            hooks.evaluate(progress)
+            stopping = _is_stopped_by_then(hooks, progress, saved=saving)
     hooks.finish()
     return stopping and progress.step < cadence.total
+
+
+def _is_stopped_by_then(hooks: Hooks, progress: Progress, *, saved: bool) -> bool:
+    """Evaluate; whether a stop request ended that, and the step is being saved then."""
+    try:
+        hooks.evaluate(progress)
+    except Stopped:
+        if not saved:
+            hooks.save(progress)
+        return True
+    return False
 
 
 def _must_rewind(guard: Guard, metrics: StepMetrics, progress: Progress, hooks: Hooks) -> bool:

@@ -23,7 +23,7 @@ from qwen2kit.train.curve import plot_run
 from qwen2kit.train.evaluate import Evaluator
 from qwen2kit.train.export import export_model
 from qwen2kit.train.live import LiveTable
-from qwen2kit.train.metrics import JsonlSink, Sinks, read_records
+from qwen2kit.train.metrics import JsonlSink, Record, Sinks, read_records
 from qwen2kit.train.pace import Pace
 from qwen2kit.train.phases import Phase, following, phases
 from qwen2kit.train.report import write_report
@@ -49,13 +49,14 @@ from qwen2kit.train.setup import (
     total_steps,
     training_backend,
 )
-from qwen2kit.train.signals import StopRequest
+from qwen2kit.train.signals import Stopped, StopRequest
 from qwen2kit.train.trackers import Tracker, open_trackers
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 _REPORT_SECONDS = 3.0
+_ABOUT_EVALUATION = frozenset({"event", "step", "seq_len"})
 
 
 class Runner:
@@ -89,6 +90,7 @@ class Runner:
         self._trackers: list[Tracker] | None = None
         self._screen: LiveTable | None = None
         self._session: Session | None = None
+        self._stop, self._listening = StopRequest(), ExitStack()
 
     def run(self, *, resuming: bool) -> RunResult:
         """Train, evaluate, export; or stop at a signal.
@@ -97,13 +99,18 @@ class Runner:
             Qwen2KitError: what went wrong, which ``run.json`` then says too.
             PeerError: another process reports the failure.
         """
+        with self._listening:
+            result = self._run(resuming)
+        self._processes.close()
+        return result
+
+    def _run(self, resuming: bool) -> RunResult:
         try:
             if resuming:
                 # Until it has gone on, it is what it was: an attempt that fails changes no recipe.
                 self._recorded = read_run(self._run_dir)["provenance"]
             self._write("running")
-            stopped = self._train(resuming)
-            result = self._conclude(stopped)
+            return self._conclude(self._train(resuming))
         except Qwen2KitError as error:
             if self._must_report(error):
                 raise
@@ -115,12 +122,10 @@ class Runner:
         finally:
             for tracker in self._trackers or ():
                 tracker.close()
-        self._processes.close()
-        return result
 
     def _train(self, resuming: bool) -> str | None:
         """All phases; the name of the signal that ended them, if one did."""
-        with ExitStack() as stack:
+        with ExitStack() as stack, suppress(Stopped):
             self._open(resuming)
             if resuming:
                 self._recorded = self._provenance
@@ -128,13 +133,12 @@ class Runner:
             if self._screen is not None:
                 stack.enter_context(self._screen)
             while True:
-                with StopRequest() as stop:
-                    stopped = self.session.train(stop)
-                if stopped:
-                    return stop.requested or "SIGTERM"
+                if self.session.train(self._stop):
+                    break
                 if self.session.finished:
                     return None
                 self._open(resuming=True)
+        return self._signal
 
     @property
     def session(self) -> Session:
@@ -160,6 +164,7 @@ class Runner:
         for warning in restored.warnings:
             self._note(f"warning: {warning}")
         self.session.adopt(restored.state)
+        self._listen()
         step = self.session.progress.step
         if going_on:
             self._note(f"step {step}: rows of {self.session.phase.config.seq_len} tokens from now")
@@ -176,13 +181,14 @@ class Runner:
         if every == 0 or step % every or step in (0, session.total):
             return
         if state["phase"] == session.phase.number and not on_first(
-            self._processes, lambda: self._is_evaluated(step)
+            self._processes, lambda: self._evaluation(step)
         ):
             session.evaluate(session.progress)
 
-    def _is_evaluated(self, step: int) -> bool:
-        evals = (r for r in read_records(self._run_dir / METRICS_FILE) if r["event"] == "eval")
-        return any(record["step"] == step for record in evals)
+    def _evaluation(self, step: int) -> Record | None:
+        """What was measured after ``step``, if that is on record."""
+        records = read_records(self._run_dir / METRICS_FILE)
+        return next((r for r in records if (r["event"], r["step"]) == ("eval", step)), None)
 
     def _read(self, path: Path, state: dict[str, Any]) -> None:
         session = self._enter(following(self._phases, state["step"]))
@@ -191,6 +197,7 @@ class Runner:
     def _begin(self) -> None:
         session = self.session
         session.begin(initial_checkpoint(self._config.model))
+        self._listen()
         if self._config.checkpoint.initial:
             self._export(INITIAL_DIR)
         session.evaluate(session.progress)
@@ -224,6 +231,7 @@ class Runner:
             sink=self._sinks,
             pace=self._pace(phase),
             profile_dir=self._run_dir / PROFILE_DIR,
+            go_on=self._go_on,
         )
         return self._session
 
@@ -238,11 +246,29 @@ class Runner:
         peak = peak_of(self._backend, phase.config, self._processes.world)
         return Pace(phase.flops_per_token, peak)
 
+    def _listen(self) -> None:
+        """From now on signals are requests; before, there is nothing to save."""
+        if not self._stop.entered:
+            self._listening.enter_context(self._stop)
+
+    def _go_on(self) -> None:
+        """Raise Stopped if a process was asked to stop (collective)."""
+        if self._processes.any(self._stop.requested is not None):
+            raise Stopped
+
+    @property
+    def _signal(self) -> str:
+        """What stopped the run; of a signal to another process the kind is not known."""
+        return self._stop.requested or "SIGTERM"
+
     def _conclude(self, stopped: str | None) -> RunResult:
         session, config = self.session, self._config
-        if session.finished:
-            session.evaluate(session.progress)
-            self._export(MODEL_DIR)
+        if stopped is None:
+            try:
+                self._measure_trained()
+                self._export(MODEL_DIR)
+            except Stopped:
+                stopped = self._signal
         session.close()
         result = self._result(stopped)
         values = result.to_json()
@@ -250,6 +276,17 @@ class Runner:
         if self._first and config.logging.plot:
             self._draw(result)
         return result
+
+    def _measure_trained(self) -> None:
+        """The last evaluation, unless an earlier call made it and was stopped while exporting."""
+        session, step = self.session, self.session.total
+        found = on_first(self._processes, lambda: self._evaluation(step))
+        if found is None:
+            session.evaluate(session.progress)
+        else:
+            session.held.latest = {
+                name: value for name, value in found.items() if name not in _ABOUT_EVALUATION
+            }
 
     def _draw(self, result: RunResult) -> None:
         records = [*read_records(self._run_dir / METRICS_FILE)]
@@ -260,11 +297,11 @@ class Runner:
 
     def _result(self, stopped: str | None) -> RunResult:
         session = self.session
-        progress, finished = session.progress, session.finished
+        progress, finished = session.progress, stopped is None
         return RunResult(
             run_dir=self._run_dir,
             status="finished" if finished else "stopped",
-            signal=None if finished else stopped,
+            signal=stopped,
             step=progress.step,
             total_steps=session.total,
             tokens=progress.tokens,
@@ -299,11 +336,13 @@ class Runner:
             dtype=self._config.export_dtype,
             chat=self._config.task == "sft",
             processes=self._processes,
+            go_on=self._go_on,
         )
 
     def _export_adapter(self, config: AdapterConfig, model: AdapterModel, path: Path) -> None:
         base = self._config.model.checkpoint
         assert base is not None
+        self._go_on()
         factors = list(model.export_adapter())
 
         def write() -> None:
@@ -315,9 +354,11 @@ class Runner:
         together(self._processes, write)
 
     def _keep_records(self, step: int) -> None:
-        """Those up to ``step``; at the end of the run all but its evaluation, which comes again."""
+        """Those up to ``step``; at the run's end not its evaluation, if another is wanted now."""
         if self._first:
-            self._jsonl.keep_upto(step, evaluated=not self.session.finished)
+            before, now = (one["config"]["eval"] for one in (self._recorded, self._provenance))
+            again = self.session.finished and before | {"every": 0} != now | {"every": 0}
+            self._jsonl.keep_upto(step, evaluated=not again)
 
     def _write(self, status: str, **values: Any) -> None:
         if self._first:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ class Session:
         phase: its recipe and its steps.
         total: steps of the whole run.
         profile_dir: folder for traces of the steps that the recipe wants recorded.
+        go_on: raises Stopped if a process of the run was asked to stop (collective).
 
     Attributes:
         progress: step, tokens and skipped steps so far.
@@ -59,6 +61,7 @@ class Session:
         sink: Sink,
         pace: Pace,
         profile_dir: Path,
+        go_on: Callable[[], None],
     ) -> None:
         self.phase = phase
         self.total = total
@@ -72,6 +75,7 @@ class Session:
         self._processes = processes
         self._sink = sink
         self._pace = pace
+        self._go_on = go_on
         steps = phase.config.logging.profile_steps
         self._profiler = StepProfiler(model, profile_dir, steps)
 
@@ -189,8 +193,12 @@ class Session:
         self._sink.write(record | {"rewinds": rewinds})
 
     def evaluate(self, progress: Progress) -> None:
-        """Measure on held-out data and report it."""
-        figures = self._evaluator.measure(self.model)
+        """Measure on held-out data and report it.
+
+        Raises:
+            Stopped: a stop is requested meanwhile; nothing is reported.
+        """
+        figures = self._evaluator.measure(self.model, self._go_on)
         if progress.step == 0:
             self.held.before = figures
         self.held.latest = figures

@@ -1,4 +1,7 @@
-"""SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) as a polite request: save after this step, stop."""
+"""SIGINT, SIGTERM and SIGUSR1 (SLURM's warning) as a polite request: save after this step, stop.
+
+Evaluations and exports, which change nothing that is trained, are left off and made by a resume.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,10 @@ from typing import Any
 
 _SAME_SECONDS = 1.0
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """An evaluation or export was left off because some process of the run was asked to stop."""
 
 
 class StopRequest:
@@ -24,8 +31,10 @@ class StopRequest:
         self.requested: str | None = None
         self._since = 0.0
         self._previous: dict[signal.Signals, Any] = {}
+        self.entered = False
 
     def __enter__(self) -> StopRequest:
+        self.entered = True
         for number in SIGNALS:
             try:
                 self._previous[number] = signal.signal(number, self._handle)

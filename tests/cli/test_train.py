@@ -210,6 +210,43 @@ def test_a_signal_saves_and_stops_and_the_run_can_go_on(
     assert json.loads(done.stdout)["step"] == total
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_signal_before_training_is_one_line(begun: bool, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from pathlib import Path
+from qwen2kit.cli.train_signals import answered
+
+with answered(Path(sys.argv[1])):
+    os.kill(os.getpid(), signal.SIGUSR1 if len(sys.argv) > 2 else signal.SIGTERM)
+"""
+    if begun:
+        (tmp_path / "run.json").write_text("{}")
+    for number, more in ((signal.SIGTERM, []), (signal.SIGUSR1, ["x"])):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path), *more],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 128 + number
+        assert done.stderr.count("\n") == 1
+        assert f"stopped by {number.name} before training " in done.stderr
+        assert (f"qwen2kit train --resume {tmp_path}" in done.stderr) == begun
+
+
+def test_a_signal_after_the_run_changes_no_exit_code() -> None:
+    code = """
+import os, signal
+from qwen2kit.cli.train_signals import answered
+
+with answered(None):
+    pass
+os.kill(os.getpid(), signal.SIGTERM)
+print("over")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "over\n", "")
+
+
 def test_nan_stops_with_one_line_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run"
     common = (*SMALL, "train.lr=1e30", "eval.questions=0", "train.optimizer.max_grad_norm=0.0")

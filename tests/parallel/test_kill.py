@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen2kit.train.checkpoints import CheckpointStore
-from tests.parallel.runs import Team, checkpoints, losses, run, same, tiny
+from tests.parallel.runs import Team, checkpoints, losses, records, run, same, tiny
 
 pytest.importorskip("torch")
 
@@ -118,3 +119,29 @@ def test_a_signal_to_one_process_saves_and_stops_all(
     assert step < STEPS
     run(tiny(*settings(0)), run_dir, 2)
     same(losses(run_dir), uninterrupted[2], range(1, STEPS + 1))
+
+
+def test_a_signal_to_one_process_ends_the_last_evaluation_on_all(tmp_path: Path) -> None:
+    config = tiny(
+        "train.steps=12", "checkpoint.every=0", "eval.every=4", "eval.max_rows=40",
+        "eval.questions=40", "data.held_out=300",
+    )  # fmt: skip
+    run(config, tmp_path / "whole", 2)
+    expected, chance = records(tmp_path / "whole"), random.Random(3)
+    model = (tmp_path / "whole" / "model" / "model.safetensors").read_bytes()
+    for attempt, rank in enumerate((0, 1)):
+        run_dir = tmp_path / str(attempt)
+        team = Team(config, run_dir, 2)
+        assert team.wait_for(12)
+        time.sleep(chance.random() * 0.1)
+        team.stop(rank)
+        codes, status = team.wait(), json.loads((run_dir / "run.json").read_text())["status"]
+        assert codes == [0, 0] or status == "finished", team.said()
+        assert checkpoints(run_dir) == [12]
+        assert not team.said()
+        assert (run_dir / "model").exists() == (status == "finished")
+        run(config, run_dir, 2)
+        assert [(r["event"], r["step"], r["loss"]) for r in records(run_dir)] == [
+            (r["event"], r["step"], r["loss"]) for r in expected
+        ]
+        assert (run_dir / "model" / "model.safetensors").read_bytes() == model

@@ -8,7 +8,10 @@ import io
 import json
 import os
 import shutil
+import signal
+from itertools import count
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -24,8 +27,9 @@ from qwen2kit.errors import (
     TrainingError,
     WeightError,
 )
-from qwen2kit.train import run, runner, trackers
+from qwen2kit.train import export, run, runner, trackers
 from qwen2kit.train.checkpoints import CheckpointStore
+from qwen2kit.train.evaluate import Evaluator
 from qwen2kit.train.loop import Progress
 from qwen2kit.train.metrics import JsonlSink
 from qwen2kit.train.profiling import StepProfiler
@@ -254,6 +258,95 @@ def test_an_evaluation_that_a_kill_prevented_is_made_up_for(
             for name in ("killed", "whole")
         )
         assert found == expected
+
+
+LOSS = "qwen2kit_torch.train.model:TorchTrainableModel.loss"
+WRITE = "qwen2kit.weights.safetensors_write:SafetensorsWriter.write"
+
+
+def stopping_at(patch: pytest.MonkeyPatch, place: str, call: int) -> None:
+    """Send SIGTERM to this process when ``place`` is called for the ``call``-th time."""
+    owner, _, name = place.rpartition(".")
+    original, calls = resolve_name(place), count(1)
+
+    def called(*args: Any, **options: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args, **options)
+
+    patch.setattr(resolve_name(owner), name, called)
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "step"),
+    [
+        (LOSS, 1, 0),  # the first evaluation, of three batches
+        (LOSS, 4, 3),  # one on the way, after a step without a checkpoint
+        (LOSS, 7, 6),  # the last one
+        (WRITE, 1, 6),  # the model
+    ],
+)
+def test_a_signal_ends_evaluation_and_export_and_a_resume_makes_them(
+    place: str, call: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(
+        "train.steps=6", "checkpoint.every=0", "eval.every=3", "eval.max_rows=12",
+    )  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run.start(config, run_dir=whole)
+    with monkeypatch.context() as patch:
+        stopping_at(patch, place, call)
+        result = run.start(config, run_dir=stopped)
+    assert (result.status, result.signal, result.step) == ("stopped", "SIGTERM", step)
+    assert json.loads((stopped / "run.json").read_text())["status"] == "stopped"
+    assert checkpoints(stopped) == ([step] if step else [])
+    assert not list(stopped.glob("*model*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    evaluations = count()
+    with monkeypatch.context() as patch:
+        measure = Evaluator.measure
+        patch.setattr(Evaluator, "measure", lambda *args: (next(evaluations), measure(*args))[1])
+        assert run.start_or_resume(config, stopped).status == "finished"
+    assert next(evaluations) == {0: 3, 3: 2, 6: 1}[step] - (place == WRITE)
+    same = [
+        [(r["event"], r["step"], r["loss"]) for r in records(directory)]
+        for directory in (whole, stopped)
+    ]
+    assert same[0] == same[1]
+    model = "model/model.safetensors"
+    assert (whole / model).read_bytes() == (stopped / model).read_bytes()
+    assert run.start_or_resume(config, stopped).after == run.start_or_resume(config, whole).after
+
+
+def test_the_last_evaluation_is_made_again_if_another_is_wanted(tmp_path: Path) -> None:
+    run_dir, config = tmp_path / "run", tiny("train.steps=2")
+    run.start(config, run_dir=run_dir)
+    changed = tiny("train.steps=2", "eval.max_rows=1")
+    again = run.resume(run_dir, config=changed, allow_changes=True)
+    losses = [r["loss"] for r in records(run_dir) if (r["event"], r["step"]) == ("eval", 2)]
+    assert losses == [again.after["loss"]]
+
+
+def test_a_model_that_is_replaced_is_never_half_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run.start(tiny("train.steps=1"), run_dir=run_dir)
+    before = sorted(path.name for path in (run_dir / "model").iterdir())
+    removed: list[list[str]] = []
+    remove = shutil.rmtree
+
+    def watched(path: Path, *args: Any, **options: Any) -> None:
+        model = run_dir / "model"
+        assert Path(path) != model
+        if model.exists():
+            removed.append(sorted(file.name for file in model.iterdir()))
+        remove(path, *args, **options)
+
+    monkeypatch.setattr(export.shutil, "rmtree", watched)
+    run.resume(run_dir, config=tiny("train.steps=2"), allow_changes=True)
+    assert all(names == before for names in removed)
+    assert [path.name for path in run_dir.glob(".*")] == []
 
 
 def _at_once(begin: Any) -> Any:
