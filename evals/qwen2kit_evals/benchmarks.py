@@ -24,7 +24,8 @@ class BenchmarkScore:
         size: questions in the whole benchmark; 0 if not written down.
         differs: known differences from the report's protocol, besides shots and subset.
         beside: the same answers under other metrics.
-        absent: why there is no score, one line; empty if there is one.
+        absent: why there is no score, one line; empty if there is one. Of a benchmark that was
+            begun it starts with ``failed: ``.
     """
 
     benchmark: str

@@ -178,7 +178,7 @@ def run_ahead(task: Any) -> None:
         for member in task.get_all_tasks():
             run_ahead(member)
         return
-    if not getattr(task, "UNSAFE_CODE", False):
+    if not getattr(task, "UNSAFE_CODE", False) or "apply_filters" in vars(task):
         return
     filter_responses = task.apply_filters
 

@@ -23,6 +23,7 @@ from qwen2kit.errors import ConfigError, DataError
 from qwen2kit.spec.counts import count_params
 from qwen2kit.tokenizer.lines import LineEncoder
 from qwen2kit_evals.chat import render
+from qwen2kit_evals.failed_tasks import for_each
 from qwen2kit_evals.generation import (
     Asked,
     Decoding,
@@ -144,13 +145,17 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is the greedy one; tokenised as
         lm-eval does it (spaces at the end of a context belong to its continuation)."""
-        pairs = [request.args for request in requests]
-        answers = self._score(self._encode_pairs(pairs), disable_tqdm, tasks=_tasks(requests))
+        pairs, tasks = [request.args for request in requests], _tasks(requests)
+        wanted = for_each(tasks, self._encode_pairs(pairs), self._request)
+        answers = self._score(wanted, disable_tqdm, tasks)
         for pair, answer in zip(pairs, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
         return answers
 
-    def _encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> Iterator[ScoreRequest]:
+    def _encode_pairs(
+        self, pairs: Sequence[tuple[str, str]]
+    ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], str]]:
+        """Ids of context and continuation, and the continuation's text."""
         moved = []
         for context, continuation in pairs:
             kept = context.rstrip()
@@ -160,7 +165,7 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
             if not ids:
                 given = rest[:1] == (self.prefix_token_id,)
                 ids, rest = (rest[:1], rest[1:]) if given else ((self.prefix_token_id,), rest)
-            yield self._request(ids, rest, continuation)
+            yield ids, rest, continuation
 
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: object
@@ -257,18 +262,20 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
         All requests run through one engine, `batch_size` at a time; what a request answers does
         not depend on the others.
         """
-        asked = self._asked([request.args for request in requests])
+        tasks = _tasks(requests)
+        asked = self._asked([request.args for request in requests], tasks)
         keys = self.log.text_keys((r.args for r in requests), [self.seed, self.max_gen_toks])
-        texts = self._answers("generating", keys, asked, _tasks(requests), disable_tqdm)
+        texts = self._answers("generating", keys, asked, tasks, disable_tqdm)
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
 
-    def _asked(self, arguments: Sequence[tuple[str, dict[str, Any]]]) -> list[Asked]:
+    def _asked(
+        self, arguments: Sequence[tuple[str, dict[str, Any]]], tasks: Sequence[str]
+    ) -> list[Asked]:
         ways: dict[str, Decoding] = {}
-        asked = []
-        prompts = self._lines.encode([prompt for prompt, _ in arguments])
-        for index, (ids, (_, gen_kwargs)) in enumerate(zip(prompts, arguments, strict=True)):
+
+        def ask(index: int, ids: list[int], gen_kwargs: dict[str, Any]) -> Asked:
             name = json.dumps(gen_kwargs, sort_keys=True, default=str)
             if name not in ways:
                 ways[name] = decoding(
@@ -284,8 +291,11 @@ class Qwen2KitLM(TemplateLM):  # type: ignore[misc]
                 )
             self.truncated += len(ids) > room
             # A stream of its own for every request: repeats of one prompt must differ.
-            asked.append(Asked(tuple(ids[-room:] or [self.prefix_token_id]), how, stream=index))
-        return asked
+            return Asked(tuple(ids[-room:] or [self.prefix_token_id]), how, stream=index)
+
+        prompts = self._lines.encode([prompt for prompt, _ in arguments])
+        options = (gen_kwargs for _, gen_kwargs in arguments)
+        return for_each(tasks, zip(range(len(tasks)), prompts, options, strict=True), ask)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

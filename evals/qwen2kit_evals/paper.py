@@ -49,10 +49,15 @@ class PaperRow:
         return self.value is not None and self.published is not None and not self.differs
 
     @property
+    def failed(self) -> bool:
+        """Whether it was begun, and could not be asked of this model."""
+        return self.absent.startswith("failed: ")
+
+    @property
     def verdict(self) -> str:
         """For people: why not comparable, or that no difference is known."""
         if self.absent:
-            return f"not run: {self.absent}"
+            return self.absent if self.failed else f"not run: {self.absent}"
         if self.published is None:
             return "no published figure"
         return "not comparable: " + "; ".join(self.differs) if self.differs else NOTHING_KNOWN

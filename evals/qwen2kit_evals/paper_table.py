@@ -26,7 +26,7 @@ def paper_table(rows: Sequence[PaperRow], model: str) -> Table:
             _ours(row),
             "" if figure is None else _shots(f"{figure.value:g}", figure.shots),
             _known(figure),
-            "not run" if row.absent else escape(row.verdict),
+            ("failed" if row.failed else "not run") if row.absent else escape(row.verdict),
         )
         for name, value in row.beside.items():
             table.add_row(f"  {name}", f"{value:.2f}", "", "", "same answers, other parser")

@@ -62,6 +62,7 @@ class Report:
         metrics: all scores.
         clean: per run, scores without contaminated questions.
         absent: per run, benchmarks that were not run, with the reason.
+        failed: per run, tasks that were begun and have no scores, with the reason.
         notices: per run.
         browser: samples for the page's script.
     """
@@ -74,6 +75,7 @@ class Report:
     metrics: Sequence[MetricLine]
     clean: Sequence[Sequence[CleanScore]]
     absent: Sequence[Sequence[tuple[str, str]]]
+    failed: Sequence[Sequence[tuple[str, str]]]
     notices: Sequence[Sequence[str]]
     browser: Mapping[str, Any]
 
@@ -111,6 +113,7 @@ def build_report(
         metrics=_metric_lines(rows),
         clean=[clean_scores(run, contamination) for run in runs] if contamination else [],
         absent=[_absent(run) for run in runs],
+        failed=[_failed(run) for run in runs],
         notices=[run.document["notices"] for run in runs],
         browser=browser_data(names, runs, samples),
     )
@@ -183,8 +186,12 @@ def _absent(run: StoredRun) -> list[tuple[str, str]]:
     return [
         (f"{e['benchmark']}: {e['part']}" if e["part"] else e["benchmark"], e["absent"])
         for e in entries
-        if e["absent"]
+        if e["absent"] and not e["absent"].startswith("failed: ")
     ]
+
+
+def _failed(run: StoredRun) -> list[tuple[str, str]]:
+    return [(entry["task"], entry["reason"]) for entry in run.document.get("failed", ())]
 
 
 def _metric_lines(rows: Sequence[Sequence[MetricRow]]) -> list[MetricLine]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwen2kit.errors import ConfigError
 from qwen2kit_evals.benchmarks import BenchmarkScore
+from qwen2kit_evals.failed_tasks import FailedTask
 from qwen2kit_evals.metric_rows import MetricRow
 from qwen2kit_evals.request_log import FILE as LOG_FILE
 from qwen2kit_evals.stored_run import file_name
@@ -38,6 +39,7 @@ class EvalResult:
         provenance: everything needed to repeat it (JSON values only).
         notices: what was adapted or truncated, one line each.
         samples: per task, per document: prompt, answer, target and metrics.
+        failed: tasks that were to run and could not, each with the reason.
         benchmarks: of a suite, each with its score or the reason why it has none.
         output: directory it was written to, or None.
     """
@@ -46,6 +48,7 @@ class EvalResult:
     provenance: Mapping[str, Any]
     notices: tuple[str, ...]
     samples: Mapping[str, Sequence[Mapping[str, Any]]]
+    failed: tuple[FailedTask, ...] = ()
     benchmarks: tuple[BenchmarkScore, ...] = ()
     output: Path | None = None
 
@@ -65,6 +68,7 @@ class EvalResult:
         return {
             "schema_version": SCHEMA_VERSION,
             "results": [asdict(row) for row in self.rows],
+            "failed": [asdict(task) for task in self.failed],
             "benchmarks": [asdict(score) for score in self.benchmarks],
             "notices": list(self.notices),
             "provenance": dict(self.provenance),
@@ -73,6 +77,7 @@ class EvalResult:
 
     def table(self) -> Table:
         """The rows for people."""
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(title="Evaluation", title_justify="left")
@@ -91,6 +96,8 @@ class EvalResult:
                 "" if row.samples is None else str(row.samples),
                 "" if row.shots is None else str(row.shots),
             )
+        for failed in self.failed:
+            table.add_row(escape(failed.task), f"failed: {escape(failed.reason)}")
         return table
 
 

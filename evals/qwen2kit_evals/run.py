@@ -14,6 +14,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.errors import ConfigError, TokenizerError
 from qwen2kit_evals.code_eval import active, execution_notice, run_ahead, with_outcomes
+from qwen2kit_evals.failed_tasks import FailedTask, TasksFailed, run_the_rest
 from qwen2kit_evals.harness import Qwen2KitLM
 from qwen2kit_evals.local_data import local_datasets
 from qwen2kit_evals.metric_rows import metric_rows
@@ -26,6 +27,8 @@ from qwen2kit_evals.results import EvalResult, check_output, plain, sample_rows,
 from qwen2kit_evals.suite_tasks import SuiteSelection
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
 from qwen2kit_evals.team import Team
+
+Outcome = tuple[dict[str, Any] | None, tuple[FailedTask, ...]]
 
 
 def evaluate(
@@ -61,8 +64,12 @@ def evaluate(
         output: a directory that does not exist yet, or holds an unfinished run.
         team: other processes that answer a part of the requests.
 
+    A task with a request that the model cannot be asked (an answer longer than its context) has no
+    scores, and the others go on; it is in the result's ``failed``.
+
     Raises:
         Qwen2KitError: an unknown task, absent data, a missing package, a bad value.
+        TasksFailed: every task fails.
     """
     _check_arguments(loaded, limit, batch_size, apply_chat_template, output)
     if not isinstance(tasks, SuiteSelection):
@@ -75,8 +82,8 @@ def evaluate(
     started = time.perf_counter()
     path = None if output is None else output / LOG_FILE
     with RequestLog(path, answers_digest(about)) as model.log:
-        reports = list(
-            _reports(
+        outcomes = list(
+            _outcomes(
                 model,
                 tasks,
                 limit=limit,
@@ -85,6 +92,10 @@ def evaluate(
                 log_samples=log_samples,
             )
         )
+    reports = [report for report, _ in outcomes if report is not None]
+    failed = tuple(task for _, some in outcomes for task in some)
+    if failed and not reports:
+        raise TasksFailed({task.task: task.reason for task in failed})
     rows = [metric_rows(report) for report in reports]
     settings = _merged(reports) | {
         "tasks": [name for selection in tasks.selections for name in selection.names],
@@ -111,7 +122,10 @@ def evaluate(
             for report in reports
             for task, logged in report.get("samples", {}).items()
         },
-        benchmarks=tasks.scores(rows),
+        failed=failed,
+        benchmarks=tasks.scores(
+            [some[0] if report is None else metric_rows(report) for report, some in outcomes]
+        ),
         output=output,
     )
     if output is not None:
@@ -119,13 +133,22 @@ def evaluate(
     return result
 
 
-def _reports(model: Qwen2KitLM, tasks: SuiteSelection, **options: Any) -> Iterator[dict[str, Any]]:
-    """lm-eval's report of each selection; the progress bars say which one is running."""
+def _outcomes(model: Qwen2KitLM, tasks: SuiteSelection, **options: Any) -> Iterator[Outcome]:
+    """Each selection's report and failed tasks; the progress bars say which one is running."""
+
+    def run(selection: TaskSelection) -> dict[str, Any]:
+        truncated = model.truncated
+        try:
+            return run_tasks(model, selection, **options)
+        except TasksFailed:
+            model.truncated = truncated  # they will be counted again
+            raise
+
     count = len(tasks.selections)
     for number, selection in enumerate(tasks.selections, 1):
         if tasks.suite is not None:
             model.label = f"{', '.join(selection.names)} ({number} of {count}), "
-        yield run_tasks(model, selection, **options)
+        yield run_the_rest(run, selection, whole=tasks.suite is not None)
 
 
 def _merged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

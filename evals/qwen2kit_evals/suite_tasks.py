@@ -11,6 +11,7 @@ from lm_eval.tasks import TaskManager
 
 from qwen2kit.errors import Qwen2KitError
 from qwen2kit_evals.benchmarks import BenchmarkScore, absent_score, benchmark_score
+from qwen2kit_evals.failed_tasks import FailedTask
 from qwen2kit_evals.local_data import LocalData
 from qwen2kit_evals.metric_rows import MetricRow
 from qwen2kit_evals.suites import SuiteTask, load_suite
@@ -55,19 +56,25 @@ class SuiteSelection:
         data = next((s.data for s in self.selections), None)
         return None if data is None else str(data.root)
 
-    def scores(self, rows: Sequence[Sequence[MetricRow]]) -> tuple[BenchmarkScore, ...]:
+    def scores(
+        self, outcomes: Sequence[Sequence[MetricRow] | FailedTask]
+    ) -> tuple[BenchmarkScore, ...]:
         """The suite's scores.
 
         Args:
-            rows: of each of ``selections``.
+            outcomes: rows of each of ``selections``, or why it has none.
         """
-        left = iter(rows)
+        left = iter(outcomes)
         return tuple(
-            absent_score(task, found)
-            if isinstance(found, str)
-            else benchmark_score(task, next(left))
+            absent_score(task, found) if isinstance(found, str) else _score(task, next(left))
             for task, found in self.tasks
         )
+
+
+def _score(task: SuiteTask, outcome: Sequence[MetricRow] | FailedTask) -> BenchmarkScore:
+    if isinstance(outcome, FailedTask):
+        return absent_score(task, f"failed: {outcome.reason}")
+    return benchmark_score(task, outcome)
 
 
 def select_suite(

@@ -19,7 +19,7 @@ from qwen2kit.cli.eval_runs import diff, report
 from qwen2kit.cli.eval_team import answer_for, join, launch, one_voice, team_of
 from qwen2kit.cli.model_options import Adapter, BackendName, DeviceName, DType, OptionalModel
 from qwen2kit.cli.output import console, emit_json, show_notes
-from qwen2kit.errors import ConfigError, MissingExtra
+from qwen2kit.errors import ConfigError, DataError, MissingExtra
 
 if TYPE_CHECKING:
     from qwen2kit.backend.loading import LoadedModel
@@ -214,6 +214,9 @@ def _report(job: Job, result: EvalResult, *, json_output: bool) -> None:
     out.print(f"written to {result.output}", markup=False)
     if json_output:
         emit_json(document)
+    if result.failed:
+        named = "; ".join(f"{task.task}: {task.reason}" for task in result.failed)
+        raise DataError(f"no scores of {named} (the others are written)")
 
 
 def _require_lm_eval() -> None:

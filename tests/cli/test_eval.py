@@ -53,6 +53,24 @@ def test_a_run_writes_its_results_and_prints_them(home: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
+def test_a_task_that_does_not_fit_is_told_at_the_end(home: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "tasks", tiny_generate={"generation_kwargs": {"max_gen_toks": 999}})
+    done = run_cli(
+        "eval", home / "model", "--tasks", "tiny_generate,tiny_choice", "--limit", "2",
+        "--include-path", tmp_path / "tasks", "--output", "run", "--json",
+        cwd=tmp_path, env={"HF_DATASETS_CACHE": str(tmp_path / "cache")},
+    )  # fmt: skip
+    assert done.returncode == 5, done.stderr
+    document = json.loads(done.stdout)
+    assert {row["task"] for row in document["results"]} == {"tiny_choice"}
+    assert document["failed"][0]["task"] == "tiny_generate"
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == document
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: no scores of tiny_generate: 999 tokens to generate leave no")
+    assert "Traceback" not in done.stderr
+
+
 def test_what_becomes_of_packed_weights_is_told(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

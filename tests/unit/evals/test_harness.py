@@ -202,7 +202,7 @@ def test_sampling_follows_the_task_and_its_repeats_differ(tiny: Path) -> None:
 def test_unsupported_generation_settings_are_refused(
     lm: Qwen2KitLM, kwargs: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(DataError, match=message):
         lm.generate_until([instance("generate_until", "the", kwargs)], disable_tqdm=True)
 
 

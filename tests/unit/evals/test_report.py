@@ -173,3 +173,29 @@ def test_browser_shows_filters_and_pages(page: Path, tmp_path: Path) -> None:
         ["1 sample, page 1 of 1", 1],
     ]
     assert images == 0
+
+
+def test_failed_tasks_are_told_with_the_run_they_belong_to(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_run(tmp_path / name, {}, [row("choice", 0.5)])
+    path = tmp_path / "two" / "results.json"
+    document = json.loads(path.read_text())
+    document["failed"] = [{"task": "gsm8k", "reason": "no room | for <it>"}]
+    document["benchmarks"] = [
+        {"benchmark": "GSM8K", "part": "", "absent": "failed: no room"},
+        {"benchmark": "CMMLU", "part": "", "absent": "no data"},
+    ]
+    path.write_text(json.dumps(document))
+    runs = [read_run(tmp_path / name) for name in ("one", "two")]
+    found = build_report(runs, compare=None, contamination=None, samples=0)
+    for kind in ("html", "md"):
+        write_report(found, tmp_path / f"r.{kind}")
+    page, text = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    assert "<h2>Failed in two</h2>" in page
+    assert "no room | for &lt;it&gt;" in page
+    assert "## Failed in two" in text
+    assert r"| gsm8k | no room \| for <it> |" in text
+    for written in (page, text):
+        assert "in one" not in written.split("All metrics")[0]
+        assert written.count("GSM8K") == 0  # failed, not left out
+        assert "Not run by two" in written

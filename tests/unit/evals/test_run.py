@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from qwen2kit.errors import ConfigError, TokenizerError
+from qwen2kit_evals.failed_tasks import TasksFailed
 from qwen2kit_evals.metric_rows import metric_rows
 from qwen2kit_evals.provenance import file_digests
 from qwen2kit_evals.results import EvalResult, default_output, plain, write_results
 from qwen2kit_evals.run import evaluate
+from qwen2kit_evals.suite_tasks import SuiteSelection
+from qwen2kit_evals.suites import SuiteTask
 from qwen2kit_evals.tasks import TaskSelection, select_tasks
+from tests.eval_tasks import write_tasks
 from tests.unit.evals.reference_lm import load_reference
 
 
@@ -155,3 +162,75 @@ def test_digests_tell_weights_apart(tmp_path: Path) -> None:
 def test_default_output_is_named_after_the_model() -> None:
     assert default_output("org/My Model.gguf").name.startswith("My-Model.gguf-2")
     assert default_output("..").name.startswith("model-")
+
+
+LONG = {"tiny_generate": {"generation_kwargs": {"until": ["x"], "max_gen_toks": 256}}}
+
+
+def test_a_task_that_does_not_fit_the_context_fails_alone(tiny: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "tasks", **LONG)
+    names = ["tiny_generate", "tiny_choice", "tiny_long"]
+    chosen = select_tasks(names, include_path=tmp_path / "tasks", defaults=False)
+    loaded = load_reference(tiny)
+    result = evaluate(loaded, chosen, limit=2, output=tmp_path / "run")
+    (failed,) = result.failed
+    assert failed.task == "tiny_generate"
+    assert failed.reason.startswith("256 tokens to generate leave no room for a prompt")
+    document = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert document["failed"] == [asdict(failed)]
+    assert not (tmp_path / "run" / "samples_tiny_generate.jsonl").exists()
+    table = Console(file=io.StringIO(), width=200)
+    table.print(result.table())
+    assert "failed: 256 tokens" in table.file.getvalue()  # type: ignore[attr-defined]
+    rest = select_tasks(names[1:], include_path=tmp_path / "tasks", defaults=False)
+    alone = evaluate(loaded, rest, limit=2)
+    assert result.rows == alone.rows
+    assert result.samples == alone.samples
+    assert result.notices == alone.notices
+    assert alone.failed == ()
+
+
+def test_a_run_of_failing_tasks_alone_is_an_error(tiny: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "tasks", **LONG)
+    chosen = select_tasks(["tiny_generate"], include_path=tmp_path / "tasks", defaults=False)
+    with pytest.raises(TasksFailed, match="task tiny_generate: 256 tokens to generate leave no"):
+        evaluate(load_reference(tiny), chosen, limit=2)
+
+
+def test_a_benchmark_of_a_suite_fails_as_a_whole_and_the_others_go_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    write_tasks(tmp_path / "tasks", **LONG)
+    common = {"metric": "acc", "prompt": "", "parser": "", "data": (), "shots": 0}
+    benchmarks = [
+        (SuiteTask(benchmark=name.upper(), run=name, **common), name.split("+"))  # type: ignore[arg-type]
+        for name in ("tiny_choice", "tiny_long+tiny_generate", "tiny_long")
+    ]
+    selections = tuple(
+        select_tasks(names, include_path=tmp_path / "tasks", defaults=False)
+        for _, names in benchmarks
+    )
+    tasks = tuple(
+        (task, selection) for (task, _), selection in zip(benchmarks, selections, strict=True)
+    )
+    suite = SuiteSelection(suite="mine", tasks=tasks, selections=selections, num_fewshot=None)
+    result = evaluate(load_reference(tiny), suite, limit=2, output=tmp_path / "run")
+    whole, broken, last = result.benchmarks
+    assert broken.value is None
+    assert broken.absent.startswith("failed: task tiny_generate: 256 tokens to generate leave")
+    assert None not in (whole.value, last.value)
+    assert [task.task for task in result.failed] == ["tiny_long, tiny_generate"]
+    assert {row.task for row in result.rows} == {"tiny_choice", "tiny_long"}
+
+
+def test_a_group_with_a_failing_member_fails(tiny: Path, tmp_path: Path) -> None:
+    write_tasks(tmp_path / "tasks", **LONG)
+    group = {"group": "both", "task": ["tiny_choice", "tiny_generate"]}
+    (tmp_path / "tasks" / "both.yaml").write_text(json.dumps(group))
+    names = ["both", "tiny_long"]
+    chosen = select_tasks(names, include_path=tmp_path / "tasks", defaults=False)
+    result = evaluate(load_reference(tiny), chosen, limit=2)
+    (failed,) = result.failed
+    assert failed.task == "both"
+    assert failed.reason.startswith("tiny_generate: 256 tokens to generate")
+    assert {row.task for row in result.rows} == {"tiny_long"}
