@@ -19,6 +19,7 @@ def export_adapter(
     *,
     base_model: str,
     dtype: DType,
+    base_mark: str | None = None,
 ) -> None:
     """Write ``directory`` (replacing an adapter there); it appears only when complete.
 
@@ -28,6 +29,7 @@ def export_adapter(
             (`factor_names`).
         base_model: the recipe's ``model.checkpoint``; a local path is made absolute.
         dtype: of the stored factors.
+        base_mark: `base_mark.mark` of the weights it was trained on, if known.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -46,6 +48,7 @@ def export_adapter(
         base_model=portable_name(base_model),
         dropout=config.dropout,
         rslora=config.rslora,
+        base_mark=base_mark,
     )
     write_adapter(adapter, directory, to="hf", dtype=dtype, force=True)
 

@@ -70,6 +70,7 @@ class Adapter:
         base_model: the model it was trained on, as its config names it, or None.
         dropout: probability during training; no part of what the adapter computes.
         rslora: whether scales follow the rank-stabilised rule; for the config that is written.
+        base_mark: a sample of the weights it was trained on (`base_mark.mark`), or None.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class Adapter:
     base_model: str | None = None
     dropout: float = 0.0
     rslora: bool = False
+    base_mark: str | None = None
 
     @property
     def rank(self) -> int:

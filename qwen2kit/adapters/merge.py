@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from qwen2kit.adapters.base_mark import is_other_model
 from qwen2kit.adapters.directory import find_adapter, is_adapter, open_adapter
 from qwen2kit.adapters.lora import WEIGHT, Adapter, LowRank
 from qwen2kit.errors import WeightError
@@ -52,7 +53,7 @@ class AdaptedSource:
 
 
 def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """``checkpoint`` as ``adapter`` changes it.
+    """``checkpoint`` as ``adapter`` changes it, with a note if it was trained on another model.
 
     Raises:
         WeightError: the adapter belongs to another model, or the checkpoint has one already.
@@ -64,7 +65,14 @@ def with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
         )
     adapter.check_fits(checkpoint.spec)
     weights = AdaptedSource(checkpoint.weights, adapter)
-    return replace(checkpoint, weights=weights, adapter=adapter.path)
+    notes = checkpoint.notes
+    if is_other_model(adapter.base_mark, checkpoint.weights):
+        made_on = adapter.base_model or "another one"
+        notes += (
+            f"the adapter {adapter.path} was not trained on {checkpoint.path} but on {made_on}"
+            " (the weights of the final norm differ); what it was trained for may be lost",
+        )
+    return replace(checkpoint, weights=weights, adapter=adapter.path, notes=notes)
 
 
 def open_model(model: str, adapter: str | None = None) -> Checkpoint:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen2kit.adapters.base_mark import KEY
 from qwen2kit.adapters.lora import Adapter, LowRank, finite_number, pair_up
 from qwen2kit.errors import ConfigError, WeightError
 from qwen2kit.partial_file import write_text_atomically
@@ -57,6 +58,7 @@ def read_mlx(directory: Path) -> Adapter:
         modules={m: LowRank(a, b, scale) for m, a, b in pair_up(path, factors, _SIDES)},
         base_model=model if isinstance(model, str) and model else None,
         dropout=dropout,
+        base_mark=file.metadata.get(KEY),
     )
 
 
@@ -73,7 +75,9 @@ def write_mlx(adapter: Adapter, directory: Path, dtype: DType) -> None:
             "hold; merge it: qwen2kit convert BASE OUT --to mlx --adapter ADAPTER"
         )
     rank, scale = kinds.pop()
-    write_safetensors(directory / WEIGHTS_FILE, _stored(adapter, dtype), metadata={"format": "mlx"})
+    marked = {} if adapter.base_mark is None else {KEY: adapter.base_mark}
+    metadata = {"format": "mlx", **marked}
+    write_safetensors(directory / WEIGHTS_FILE, _stored(adapter, dtype), metadata=metadata)
     document = {
         "fine_tune_type": "lora",
         "model": adapter.base_model,

@@ -9,19 +9,17 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from qwen2kit.adapters.export import export_adapter
 from qwen2kit.backend.processes import Processes
-from qwen2kit.backend.protocol import AdapterModel, DistributedBackend
+from qwen2kit.backend.protocol import DistributedBackend
 from qwen2kit.config.freeze import freeze
 from qwen2kit.config.train_tree import RewindSpikes
-from qwen2kit.config.tree import AdapterConfig, RunConfig
-from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError, TrainingError
-from qwen2kit.partial_file import reason_of
+from qwen2kit.config.tree import RunConfig
+from qwen2kit.errors import ConfigError, PeerError, Qwen2KitError
 from qwen2kit.train.agreement import numbered, on_first, together
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.curve import plot_run
 from qwen2kit.train.evaluate import Evaluator
-from qwen2kit.train.export import export_model
+from qwen2kit.train.exporting import export_trained
 from qwen2kit.train.live import LiveTable
 from qwen2kit.train.metrics import JsonlSink, Record, Sinks, read_records
 from qwen2kit.train.pace import Pace
@@ -315,43 +313,14 @@ class Runner:
         )
 
     def _export(self, name: str) -> None:
-        try:
-            self._write_model(name)
-        except OSError as error:
-            raise TrainingError(
-                f"cannot write {self._run_dir / name}: {reason_of(error)}; when that is mended, go "
-                "on with --resume or --auto-resume: checkpoints are kept"
-            ) from error
-
-    def _write_model(self, name: str) -> None:
-        model = self.session.model
-        if self._config.adapter is not None:
-            assert isinstance(model, AdapterModel)
-            self._export_adapter(self._config.adapter, model, self._run_dir / name)
-            return
-        export_model(
-            model,
+        export_trained(
+            self.session,
+            self._config,
             self._origin.tokenizer,
             self._run_dir / name,
-            dtype=self._config.export_dtype,
-            chat=self._config.task == "sft",
             processes=self._processes,
             go_on=self._go_on,
         )
-
-    def _export_adapter(self, config: AdapterConfig, model: AdapterModel, path: Path) -> None:
-        base = self._config.model.checkpoint
-        assert base is not None
-        self._go_on()
-        factors = list(model.export_adapter())
-
-        def write() -> None:
-            if self._first:
-                export_adapter(
-                    path, config, factors, base_model=base, dtype=self._config.export_dtype
-                )
-
-        together(self._processes, write)
 
     def _keep_records(self, step: int) -> None:
         """Those up to ``step``; at the run's end not its evaluation, if another is wanted now."""

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qwen2kit.adapters.base_mark import mark
 from qwen2kit.backend.processes import Processes
 from qwen2kit.backend.protocol import TrainableModel
 from qwen2kit.errors import TrainingError
@@ -46,6 +47,7 @@ class Session:
         progress: step, tokens and skipped steps so far.
         guard: judges the steps.
         held: held-out figures.
+        base_mark: of the weights it began with (`qwen2kit.adapters.base_mark`), None of fresh ones.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Session:
         self.progress = Progress()
         self.guard = Guard(phase.config.train)
         self.held = Held()
+        self.base_mark: str | None = None
         self._evaluator = evaluator
         self._store = store
         self._processes = processes
@@ -85,6 +88,7 @@ class Session:
             self.model.init(self.phase.config.train.seed)
         else:
             self.model.load(checkpoint.weights)
+            self.base_mark = mark(checkpoint.weights)
 
     def adopt(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint's ``state`` was taken, possibly in the phase before this.

@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from qwen2kit.adapters.base_mark import mark
+from qwen2kit.adapters.directory import open_adapter
 from qwen2kit.config.load import load_recipe
 from qwen2kit.config.tree import RunConfig
 from qwen2kit.errors import (
@@ -27,7 +29,7 @@ from qwen2kit.errors import (
     TrainingError,
     WeightError,
 )
-from qwen2kit.train import export, run, runner, trackers
+from qwen2kit.train import export, exporting, run, trackers
 from qwen2kit.train.checkpoints import CheckpointStore
 from qwen2kit.train.evaluate import Evaluator
 from qwen2kit.train.loop import Progress
@@ -35,6 +37,7 @@ from qwen2kit.train.metrics import JsonlSink
 from qwen2kit.train.profiling import StepProfiler
 from qwen2kit.train.run_dir import fresh_directory
 from qwen2kit.train.session import Session
+from qwen2kit.weights.checkpoint import open_checkpoint
 from tests.parallel.runs import checkpoints, records, tiny
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -216,6 +219,7 @@ def test_a_missing_base_is_no_damage_of_a_checkpoint(tmp_path: Path) -> None:
         run.resume(run_dir, config=lora("train.steps=2"), allow_changes=True)
     config = lora("train.steps=2", f"model.checkpoint={moved}")
     assert run.resume(run_dir, config=config, allow_changes=True).step == 2
+    assert open_adapter(run_dir / "model").base_mark == mark(open_checkpoint(moved).weights)
 
 
 def test_a_model_that_does_not_fit_the_disk_is_a_failed_run_that_can_go_on(
@@ -227,7 +231,7 @@ def test_a_model_that_does_not_fit_the_disk_is_a_failed_run_that_can_go_on(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "export_model", full)
+        patch.setattr(exporting, "export_model", full)
         with pytest.raises(TrainingError, match=r"cannot write .*run/model: no space left on the"):
             run.start(config, run_dir=run_dir)
     assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
