@@ -117,7 +117,8 @@ def serve(
             prefill_tokens=prefill_tokens,
             drafter=drafter,
         )
-        engine.engine.prepare()
+        with console().status("compiling for this device"):
+            engine.engine.prepare()
         return loaded, engine
 
     loaded, engine = home.run(load).result()
