@@ -14,7 +14,7 @@ from math import exp, log
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from qwen2kit.backend.loading import LoadedModel
-from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.backend.values import ScoreRequest
 from qwen2kit.errors import ConfigError, DataError
 from qwen2kit_evals.averages import mean_and_stderr
 from qwen2kit_evals.request_log import RequestLog

@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qwen2kit.backend.loading import LoadedModel, load_model
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.backend.values import ScoreRequest
 from qwen2kit.errors import ConfigError, DataError
 from qwen2kit.spec.counts import count_params
 from qwen2kit.tokenizer.lines import LineEncoder

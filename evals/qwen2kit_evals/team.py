@@ -19,7 +19,7 @@ from typing import Any
 
 from qwen2kit.backend.loading import LoadedModel
 from qwen2kit.backend.processes import Processes
-from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.backend.values import ScoreRequest
 from qwen2kit.generate.prefix import plan_scores
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit_evals.generation import Asked, Decoding, continue_all, together_by_default

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.backend.values import ScoreRequest
 from qwen2kit.errors import BackendError
 from qwen2kit.spec.model import ModelSpec
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from qwen2kit.adapters.merge import open_model
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import Backend, CompiledModel, LoadReport, TokenEvent, TokenIds
+from qwen2kit.backend.protocol import Backend, CompiledModel
 from qwen2kit.backend.registry import get
+from qwen2kit.backend.values import LoadReport, TokenEvent, TokenIds
 from qwen2kit.engine.generate import generate
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.tokenizer.bpe import Tokenizer

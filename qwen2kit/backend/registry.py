@@ -11,7 +11,8 @@ from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 
-from qwen2kit.backend.protocol import PROTOCOL_VERSION, Backend, BackendInfo
+from qwen2kit.backend.protocol import PROTOCOL_VERSION, Backend
+from qwen2kit.backend.values import BackendInfo
 from qwen2kit.errors import BackendError, MissingExtra
 
 GROUP = "qwen2kit.backends"

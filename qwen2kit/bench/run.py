@@ -17,7 +17,8 @@ from qwen2kit.spec.counts import count_params
 if TYPE_CHECKING:
     from qwen2kit.backend.meter import DeviceMeter
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.backend.protocol import Backend, CompiledModel, Device, LoadReport
+    from qwen2kit.backend.protocol import Backend, CompiledModel
+    from qwen2kit.backend.values import Device, LoadReport
     from qwen2kit.bench.measure import OpenDrafter, Prompts
     from qwen2kit.weights.source import WeightSource
     from qwen2kit.weights.tensor import DType

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from qwen2kit.backend.plan import ExecutionPlan
-    from qwen2kit.backend.protocol import LoadReport
+    from qwen2kit.backend.values import LoadReport
     from qwen2kit.bench.run import Subject
     from qwen2kit.engine.drafting import Drafter
     from qwen2kit.weights.checkpoint import Checkpoint

@@ -8,7 +8,7 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread, current_thread
 from typing import Generic, TypeVar
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.data.loader import Batches
 from qwen2kit.data.row_source import State
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.data.packing import empty_rows
 from qwen2kit.data.row_source import RowSource, RowTable, State, join
 from qwen2kit.errors import ConfigError

@@ -8,7 +8,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.data.row_source import FIELDS, RowSource, State
 from qwen2kit.errors import DataError
 

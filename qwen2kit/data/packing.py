@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 
 IGNORED = -100
 _OPEN_ROWS = 64

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.data.corpus import hold_out, permutation
 from qwen2kit.data.packing import Examples, Plan, fill_rows, plan_rows
 from qwen2kit.errors import DataError

@@ -7,7 +7,7 @@ from hashlib import sha256
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.data.packing import Span, empty_rows
 from qwen2kit.data.permute import KeyedPermutation
 from qwen2kit.data.row_source import RowLayout

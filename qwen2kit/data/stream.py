@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import TokenBatch
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.config.data_tree import FileData
 from qwen2kit.data.background import Background
 from qwen2kit.data.encode import encode_documents

@@ -13,8 +13,9 @@ from collections.abc import Sequence as Tokens
 from itertools import islice
 
 from qwen2kit.backend.limits import check_tokens
-from qwen2kit.backend.protocol import CompiledModel, FinishReason, TokenEvent
+from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.slots import BROKEN, Feed, Logits, PersistentSlots, PreparedSlots
+from qwen2kit.backend.values import FinishReason, TokenEvent
 from qwen2kit.engine.batching import compose
 from qwen2kit.engine.drafting import Drafter, Unfinished
 from qwen2kit.engine.drawing import Block, draw

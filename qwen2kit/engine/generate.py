@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from qwen2kit.backend.limits import check_tokens
-from qwen2kit.backend.protocol import CompiledModel, TokenEvent, TokenIds
+from qwen2kit.backend.protocol import CompiledModel
+from qwen2kit.backend.values import TokenEvent, TokenIds
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Request
 from qwen2kit.errors import NonFiniteLogits

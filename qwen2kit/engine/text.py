@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from qwen2kit.backend.protocol import FinishReason, TokenEvent
 from qwen2kit.backend.slots import BROKEN
+from qwen2kit.backend.values import FinishReason, TokenEvent
 from qwen2kit.engine.drafting import Drafter
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.request import Constraint, Request

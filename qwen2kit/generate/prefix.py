@@ -16,7 +16,7 @@ from itertools import groupby
 
 import numpy as np
 
-from qwen2kit.backend.protocol import ScoreRequest
+from qwen2kit.backend.values import ScoreRequest
 
 _TOKEN_BYTES = array("I").itemsize
 

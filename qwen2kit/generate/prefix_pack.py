@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import Score
+from qwen2kit.backend.values import Score
 from qwen2kit.generate.prefix import ScoreStep, Target
 
 

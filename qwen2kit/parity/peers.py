@@ -12,8 +12,9 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from qwen2kit.backend.plan import ExecutionPlan
-from qwen2kit.backend.protocol import CompiledModel, TokenIds
+from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.registry import available, get
+from qwen2kit.backend.values import TokenIds
 from qwen2kit.engine.generate import generate
 from qwen2kit.errors import BackendError, ConfigError, Qwen2KitError
 from qwen2kit.generate.sampling import Sampling

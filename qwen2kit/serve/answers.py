@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from qwen2kit.backend.protocol import TokenEvent
+from qwen2kit.backend.values import TokenEvent
 from qwen2kit.engine.text import TextEvent
 from qwen2kit.generate.tool_calls import ToolCall, ToolCallParser
 from qwen2kit.serve.constraints import RequestConstraint

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from typing import Any
 
-from qwen2kit.backend.protocol import TokenEvent
+from qwen2kit.backend.values import TokenEvent
 from qwen2kit.generate.tool_calls import CLOSING, ToolCall, ToolCallParser
 from qwen2kit.serve.answers import Choice, Piece, batches, new_id, usage, whole_choices
 from qwen2kit.serve.chat_request import ChatRequest

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen2kit.backend.protocol import TokenEvent
+from qwen2kit.backend.values import TokenEvent
 from qwen2kit.errors import TokenizerError
 from qwen2kit.serve.score_memory import TokenScore
 from qwen2kit.tokenizer.bpe import Tokenizer

@@ -12,7 +12,7 @@ from math import inf, isfinite
 from statistics import median
 from typing import Any
 
-from qwen2kit.backend.protocol import StepMetrics
+from qwen2kit.backend.values import StepMetrics
 from qwen2kit.config.train_tree import KeepSpikes, RewindSpikes, TrainConfig
 from qwen2kit.errors import TrainingError
 

@@ -14,7 +14,8 @@ from time import perf_counter
 from typing import Protocol
 
 from qwen2kit.backend.processes import Processes, SingleProcess
-from qwen2kit.backend.protocol import StepMetrics, TrainableModel
+from qwen2kit.backend.protocol import TrainableModel
+from qwen2kit.backend.values import StepMetrics
 from qwen2kit.data.loader import Batches
 from qwen2kit.errors import TrainingError
 from qwen2kit.train.guard import Guard

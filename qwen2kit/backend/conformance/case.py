@@ -11,7 +11,8 @@ from unittest import SkipTest
 import numpy as np
 from numpy.typing import NDArray
 
-from qwen2kit.backend.protocol import Backend, Capabilities
+from qwen2kit.backend.protocol import Backend
+from qwen2kit.backend.values import Capabilities
 from qwen2kit.errors import ConfigError, Qwen2KitError
 
 Outcome = Literal["passed", "failed", "skipped", "xfailed", "xpassed"]

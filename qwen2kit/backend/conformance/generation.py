@@ -19,7 +19,8 @@ from qwen2kit.backend.conformance.models import (
     reference_logprobs,
     tokens,
 )
-from qwen2kit.backend.protocol import Backend, CompiledModel, TokenEvent
+from qwen2kit.backend.protocol import Backend, CompiledModel
+from qwen2kit.backend.values import TokenEvent
 from qwen2kit.engine.engine import Engine
 from qwen2kit.engine.generate import generate
 from qwen2kit.engine.request import Request

@@ -18,7 +18,8 @@ from qwen2kit.backend.conformance.models import (
     weights,
 )
 from qwen2kit.backend.plan import TrainPlan
-from qwen2kit.backend.protocol import PROTOCOL_VERSION, Backend, Capabilities, CompiledModel
+from qwen2kit.backend.protocol import PROTOCOL_VERSION, Backend, CompiledModel
+from qwen2kit.backend.values import Capabilities
 from qwen2kit.errors import BackendError, WeightError
 from qwen2kit.spec.model import DualChunkSpec, ModelSpec, MoESpec, SlidingWindowSpec
 from qwen2kit.spec.reference import ReferenceModel

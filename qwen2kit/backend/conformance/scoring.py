@@ -18,7 +18,8 @@ from qwen2kit.backend.conformance.models import (
     reference_logprobs,
     tokens,
 )
-from qwen2kit.backend.protocol import Backend, Score, ScoreRequest
+from qwen2kit.backend.protocol import Backend
+from qwen2kit.backend.values import Score, ScoreRequest
 from qwen2kit.errors import BackendError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.spec.model import ModelSpec

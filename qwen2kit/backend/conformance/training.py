@@ -30,13 +30,8 @@ from qwen2kit.backend.conformance.training_batches import (
     trainable,
 )
 from qwen2kit.backend.plan import AdamWPlan
-from qwen2kit.backend.protocol import (
-    Backend,
-    Capabilities,
-    StepMetrics,
-    TokenBatch,
-    TrainableModel,
-)
+from qwen2kit.backend.protocol import Backend, TrainableModel
+from qwen2kit.backend.values import Capabilities, StepMetrics, TokenBatch
 from qwen2kit.errors import TrainingError, WeightError
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.reference import ReferenceModel

@@ -9,7 +9,8 @@ import numpy as np
 from qwen2kit.backend.conformance.case import require
 from qwen2kit.backend.conformance.models import PLAN, UNTIED, loaded, log_softmax, tokens
 from qwen2kit.backend.plan import AdamWPlan, TrainPlan
-from qwen2kit.backend.protocol import Backend, TokenBatch, TrainableModel
+from qwen2kit.backend.protocol import Backend, TrainableModel
+from qwen2kit.backend.values import TokenBatch
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit.spec.reference import ReferenceModel
 from qwen2kit.weights.source import MemorySource
