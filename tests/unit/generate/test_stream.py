@@ -68,7 +68,7 @@ def test_what_is_held_back_stays_short(
         if stream.stopped:
             return
         whole = tokenizer.decode(fed, skip_special=True)
-        assert len(whole) - len(said) <= 1 + longest
+        assert len(whole) - len(said) <= 3 + longest
 
 
 @given(
