@@ -233,6 +233,8 @@ async def _ask(
             now = time.perf_counter()
             if event.startswith(b"[DONE]"):
                 break
+            if b'"role":"assistant"' in event:
+                continue
             if b'"choices":[{' not in event or checked:
                 document = json.loads(event)
                 if "error" in document:
