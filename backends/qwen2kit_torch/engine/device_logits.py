@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from torch import Tensor
 
 from qwen2kit_torch.engine.joined import has_triton
@@ -14,8 +16,13 @@ def logits_on_device(logits_NV: Tensor) -> DeviceLogits:
     kind = logits_NV.device.type
     if kind == "cpu":
         return DeviceLogits(logits_NV)
-    if kind == "cuda" and has_triton():
+    if kind == "cuda" and _has_kernels():
         from qwen2kit_torch.engine.drawn_logits import DrawnLogits
 
         return DrawnLogits(logits_NV)
     return SortedLogits(logits_NV)
+
+
+@cache  # asked at every step
+def _has_kernels() -> bool:
+    return has_triton()

@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -82,7 +81,6 @@ def can_capture(model: Qwen2, device: torch.device) -> bool:
     )
 
 
-@cache
 def has_triton() -> bool:
     """Whether Triton is there, and the C compiler with which it builds its launchers."""
     compilers = (os.environ.get("CC"), shutil.which("clang"), shutil.which("gcc"))
