@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from qwen2kit_evals.metric_rows import MetricRow
 from qwen2kit_evals.suites import Suite, SuiteTask
 
+FAILED = "failed: "
+"""Begins the reason why there is no score of a benchmark that was begun."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchmarkScore:
@@ -25,7 +28,7 @@ class BenchmarkScore:
         differs: known differences from the report's protocol, besides shots and subset.
         beside: the same answers under other metrics.
         absent: why there is no score, one line; empty if there is one. Of a benchmark that was
-            begun it starts with ``failed: ``.
+            begun it starts with `FAILED`.
     """
 
     benchmark: str

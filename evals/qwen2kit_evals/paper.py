@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
-from qwen2kit_evals.benchmarks import BenchmarkScore, recognised
+from qwen2kit_evals.benchmarks import FAILED, BenchmarkScore, recognised
 from qwen2kit_evals.metric_rows import MetricRow
 from qwen2kit_evals.suites import Figure, load_suite, published
 
@@ -51,7 +51,7 @@ class PaperRow:
     @property
     def failed(self) -> bool:
         """Whether it was begun, and could not be asked of this model."""
-        return self.absent.startswith("failed: ")
+        return self.absent.startswith(FAILED)
 
     @property
     def verdict(self) -> str:

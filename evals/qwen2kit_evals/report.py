@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2kit.errors import ConfigError
+from qwen2kit_evals.benchmarks import FAILED
 from qwen2kit_evals.browser import browser_data
 from qwen2kit_evals.contamination import CleanScore, TaskContamination, clean_scores
 from qwen2kit_evals.metric_rows import MetricRow
@@ -186,7 +187,7 @@ def _absent(run: StoredRun) -> list[tuple[str, str]]:
     return [
         (f"{e['benchmark']}: {e['part']}" if e["part"] else e["benchmark"], e["absent"])
         for e in entries
-        if e["absent"] and not e["absent"].startswith("failed: ")
+        if e["absent"] and not e["absent"].startswith(FAILED)
     ]
 
 

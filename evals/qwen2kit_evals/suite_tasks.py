@@ -10,7 +10,7 @@ from typing import Self
 from lm_eval.tasks import TaskManager
 
 from qwen2kit.errors import Qwen2KitError
-from qwen2kit_evals.benchmarks import BenchmarkScore, absent_score, benchmark_score
+from qwen2kit_evals.benchmarks import FAILED, BenchmarkScore, absent_score, benchmark_score
 from qwen2kit_evals.failed_tasks import FailedTask
 from qwen2kit_evals.local_data import LocalData
 from qwen2kit_evals.metric_rows import MetricRow
@@ -73,7 +73,7 @@ class SuiteSelection:
 
 def _score(task: SuiteTask, outcome: Sequence[MetricRow] | FailedTask) -> BenchmarkScore:
     if isinstance(outcome, FailedTask):
-        return absent_score(task, f"failed: {outcome.reason}")
+        return absent_score(task, FAILED + outcome.reason)
     return benchmark_score(task, outcome)
 
 

@@ -46,6 +46,11 @@ def is_other_model(made_on: str | None, weights: WeightSource) -> bool:
     return bool(np.mean(np.abs(theirs - ours) > bound) > _MOST_DIFFERENT)
 
 
+def stored(made_on: str | None, form: str) -> dict[str, str]:
+    """Metadata of an adapter's safetensors file: its ``format``, and the sample if there is one."""
+    return {"format": form} | ({} if made_on is None else {KEY: made_on})
+
+
 def _sample(weights: WeightSource) -> NDArray[np.float32]:
     norm = weights.read(FINAL_NORM).float32()
     places = np.linspace(0, norm.size - 1, min(norm.size, _SAMPLES)).round().astype(int)

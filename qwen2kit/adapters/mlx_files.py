@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen2kit.adapters.base_mark import KEY
+from qwen2kit.adapters.base_mark import KEY, stored
 from qwen2kit.adapters.lora import Adapter, LowRank, finite_number, pair_up
 from qwen2kit.errors import ConfigError, WeightError
 from qwen2kit.partial_file import write_text_atomically
@@ -75,8 +75,7 @@ def write_mlx(adapter: Adapter, directory: Path, dtype: DType) -> None:
             "hold; merge it: qwen2kit convert BASE OUT --to mlx --adapter ADAPTER"
         )
     rank, scale = kinds.pop()
-    marked = {} if adapter.base_mark is None else {KEY: adapter.base_mark}
-    metadata = {"format": "mlx", **marked}
+    metadata = stored(adapter.base_mark, "mlx")
     write_safetensors(directory / WEIGHTS_FILE, _stored(adapter, dtype), metadata=metadata)
     document = {
         "fine_tune_type": "lora",

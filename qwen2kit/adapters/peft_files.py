@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwen2kit.adapters.base_mark import KEY
+from qwen2kit.adapters.base_mark import KEY, stored
 from qwen2kit.adapters.lora import Adapter, LowRank, factor_names, pair_up
 from qwen2kit.adapters.peft_config import PeftConfig, peft_document, read_peft_config
 from qwen2kit.errors import WeightError
@@ -62,8 +62,7 @@ def read_peft(directory: Path) -> Adapter:
 
 def write_peft(adapter: Adapter, directory: Path, dtype: DType) -> None:
     """Write ``adapter`` into an existing directory, its config last."""
-    marked = {} if adapter.base_mark is None else {KEY: adapter.base_mark}
-    metadata = {"format": "pt", **marked}
+    metadata = stored(adapter.base_mark, "pt")
     write_safetensors(directory / WEIGHTS_FILE, _stored(adapter, dtype), metadata=metadata)
     text = json.dumps(peft_document(adapter), indent=2, ensure_ascii=False)
     write_text_atomically(directory / CONFIG_FILE, text + "\n")

@@ -19,6 +19,7 @@ from qwen2kit.train.agreement import settle
 from qwen2kit.weights.generation import GenerationDefaults
 from qwen2kit.weights.safetensors_write import SafetensorsWriter
 from qwen2kit.weights.source import TensorInfo
+from qwen2kit.weights.staging import put_in_place
 from qwen2kit.weights.tensor import DType, HostTensor
 
 
@@ -89,9 +90,7 @@ def _replace(directory: Path, write: Callable[[Path], None]) -> None:
     partial.mkdir(parents=True)
     try:
         write(partial)
-        if directory.exists():  # whole until it is gone: never half a model under its name
-            directory.replace(retired)
-        partial.replace(directory)
+        put_in_place(partial, directory, retired)
         shutil.rmtree(retired, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

@@ -26,14 +26,20 @@ def staged_directory(out: Path, *, force: bool) -> Iterator[Path]:
     try:
         yield staging
         retired = out.with_name(f".{out.name}.replaced-{os.getpid()}")
-        if out.exists():
-            out.rename(retired)
-        staging.rename(out)
+        put_in_place(staging, out, retired)
         if retired.exists():
             shutil.rmtree(retired)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def put_in_place(new: Path, out: Path, retired: Path) -> None:
+    """Rename ``new`` to ``out``. What is there becomes ``retired`` first, whole, so that there is
+    never half of it under its name."""
+    if out.exists():
+        out.rename(retired)
+    new.rename(out)
 
 
 def refuse_overwrite(out: Path, *, force: bool) -> None:

@@ -55,12 +55,11 @@ class GraphSlots(EagerSlots):
 
     def prepare(self) -> None:
         """Capture steps of all sizes, compile what reads prompts and what draws."""
-        most = power_of_two(min(_MOST_ROWS, max(self.count, _FEW)))
         with torch.inference_mode(), torch.cuda.device(self._device):
-            for exponent in range(most.bit_length()):
-                self._step(1 << exponent)
-            for exponent in range(power_of_two(min(_MOST_ROWS, self.count)).bit_length()):
-                self._step(1 << exponent, draws=True)
+            for rows in _buckets(max(self.count, _FEW)):
+                self._step(rows)
+            for rows in _buckets(self.count):
+                self._step(rows, draws=True)
         logits = self.feed([Feed(0, 0, (0,) * min(self.capacity, _FEW + 1))])
         if isinstance(logits, DrawingLogits):
             changed = Edit(temperature=1.0, ids=np.array([0]), shift=np.ones(1, np.float32))
@@ -166,13 +165,18 @@ class GraphSlots(EagerSlots):
 
     def _drawing_scratch(self) -> Scratch:
         if self._scratch is None:
-            most = power_of_two(min(_MOST_ROWS, self.count))
             vocab = self._model.spec.vocab_size
-            self._scratch = Scratch(most, vocab, self._device, said=True)
+            self._scratch = Scratch(_buckets(self.count)[-1], vocab, self._device, said=True)
         return self._scratch
 
     def _rope(self) -> Rope:
         return self._model.rope(self.capacity, self._device, self._weights.norm.dtype)
+
+
+def _buckets(rows: int) -> list[int]:
+    """Sizes of captured steps, up to that for so many rows."""
+    most = power_of_two(min(_MOST_ROWS, rows))
+    return [1 << exponent for exponent in range(most.bit_length())]
 
 
 def _divided(feeds: Sequence[Feed]) -> tuple[list[int], list[int]]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from qwen2kit_torch.engine.kernels.rows import go_on
+
 BUCKETS = 4096
 # 64 for every unit below the best score up to 48, then 4.
 _FINE = tl.constexpr(64.0)
@@ -301,10 +303,7 @@ def advance(
     """
     row = tl.program_id(0)
     token = tl.load(drawn + row)
-    tl.store(history + (tl.load(step) - 1) % STEPS * ROWS + row, token)
-    tl.store(tokens + row, tl.maximum(token, 0))
-    if tl.load(slots + row) >= 0:
-        tl.store(positions + row, tl.load(positions + row) + 1)
+    go_on(row, token, slots, positions, tokens, history, step, ROWS, STEPS)
     if token >= 0:
         place = said + row.to(tl.int64) * HEIGHT + token
         told = tl.load(place).to(tl.int32)

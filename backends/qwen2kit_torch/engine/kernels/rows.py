@@ -142,6 +142,18 @@ def best_of_blocks(
 
 
 @triton.jit
+def go_on(
+    row, found, slots, positions, tokens, history, step, ROWS: tl.constexpr, STEPS: tl.constexpr
+):
+    """``found`` (-1: no id) becomes the row's next token, is kept in ``history`` ``[STEPS, R]``,
+    and the row's position grows."""
+    tl.store(history + (tl.load(step) - 1) % STEPS * ROWS + row, found)
+    tl.store(tokens + row, tl.maximum(found, 0))
+    if tl.load(slots + row) >= 0:
+        tl.store(positions + row, tl.load(positions + row) + 1)
+
+
+@triton.jit
 def choose(
     best, best_ids, slots, positions, tokens, history, step,
     ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
@@ -168,8 +180,5 @@ def choose(
     highest = tl.max(top, 0)
     first = tl.min(tl.where(top == highest, top_ids, 2147483647), 0)
     good = (highest > -float("inf")) & (highest < float("inf"))
-    at = (tl.load(step) - 1) % STEPS * ROWS + row
-    tl.store(history + at, tl.where(good, first, -1))
-    tl.store(tokens + row, tl.where(good, first, 0))
-    if tl.load(slots + row) >= 0:
-        tl.store(positions + row, tl.load(positions + row) + 1)
+    found = tl.where(good, first, -1)
+    go_on(row, found, slots, positions, tokens, history, step, ROWS, STEPS)
