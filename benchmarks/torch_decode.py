@@ -266,7 +266,14 @@ def default_tiles(spec: Any) -> Any:
     from qwen2kit_torch.engine.tuning import tiles
 
     width = spec.num_attention_heads * spec.head_dim
-    return tiles(spec.hidden_size, width, spec.intermediate_size)
+    return tiles(spec.hidden_size, width, spec.intermediate_size, 2)
+
+
+def with_keys(spec: Any, keys: int, warps: int, spread: int) -> Any:
+    """The tiles that `Step` takes by itself, those of attention aside."""
+    from qwen2kit_torch.engine.tuning import KeysTile
+
+    return replace(default_tiles(spec), keys=KeysTile(keys, warps, spread))
 
 
 def with_tile(model: Any, joined: Any, product: str, tile: Any) -> Any:
@@ -356,7 +363,7 @@ def compile_attention(work: tuple[str, int, int, int]) -> None:
     try:
         model, joined = one_layer(name)
         for rows in (1, 16):
-            tiling = replace(default_tiles(model.spec), keys=keys, key_warps=warps, spread=spread)
+            tiling = with_keys(model.spec, keys, warps, spread)
             step = make_step(model, rows, 16392, early=True, tiling=tiling, joined=joined)
             place(step, 1)
             launch(step, "attention", 0)
@@ -367,7 +374,6 @@ def compile_attention(work: tuple[str, int, int, int]) -> None:
 def compile_prompt(work: tuple[str, int]) -> None:
     """As `compile_ahead`, for attention over prompts."""
     from qwen2kit_torch.engine.pieces import Piece
-    from qwen2kit_torch.engine.prompts import PromptPass
     from qwen2kit_torch.engine.tuning import PromptTile
 
     name, number = work
@@ -376,9 +382,7 @@ def compile_prompt(work: tuple[str, int]) -> None:
         storage = make_step(model, 1, 1024, early=False, joined=joined)._storage
         rope = model.module.rotary.tables(1024, joined.norm.device, joined.norm.dtype)
         tile = PromptTile(*PROMPT_TILES[number])
-        prompt_hidden(
-            PromptPass, model.spec, joined, storage, [Piece(0, 0, (1,) * 64, 1)], rope, tile
-        )
+        prompt_pass(model.spec, joined, storage, rope, [Piece(0, 0, (1,) * 64, 1)], tile).run()
     except Exception:
         print(f"{work}: {traceback.format_exc(limit=1)}", flush=True)
 
@@ -407,7 +411,7 @@ def attention(found: Figures, name: str) -> None:
     joined = join(model.module)
     for rows, lengths in ((1, (512, 4096, 16384)), (16, (512, 2048))):
         for keys, warps, spread in key_tiles():
-            tiling = replace(default_tiles(model.spec), keys=keys, key_warps=warps, spread=spread)
+            tiling = with_keys(model.spec, keys, warps, spread)
             step = make_step(model, rows, 16392, early=True, tiling=tiling, joined=joined)
             place(step, 0)
             run = captured(partial(launch_all, step, "attention", len(joined.layers)))
@@ -426,7 +430,6 @@ def prompts(found: Figures, name: str) -> None:
 
     from qwen2kit_torch.engine.joined import join
     from qwen2kit_torch.engine.pieces import Piece
-    from qwen2kit_torch.engine.prompts import PromptPass
     from qwen2kit_torch.engine.storage import Storage
     from qwen2kit_torch.engine.tuning import PromptTile
 
@@ -447,7 +450,7 @@ def prompts(found: Figures, name: str) -> None:
         "2048 after 8192": [Piece(0, 8192, (1,) * 2048, 1)],
     }
     for label, pieces in cases.items():
-        run = partial(prompt_hidden, PromptPass, spec, joined, storage, pieces, rope)
+        run = partial(new_pass, spec, joined, storage, rope, pieces)
         run()
         torch.cuda.synchronize()
         times = []
@@ -458,27 +461,42 @@ def prompts(found: Figures, name: str) -> None:
             torch.cuda.synchronize()
             times.append((time.perf_counter() - start, issued))
         found[label] = {"ms": round(min(times)[0] * 1e3, 2), "host": round(min(times)[1] * 1e3, 2)}
+        work = prompt_pass(spec, joined, storage, rope, pieces)
+        found[label]["captured"] = round(timed(captured(work.run), 5) * 1e3, 2)
     for tile in (PromptTile(*numbers) for numbers in PROMPT_TILES):
         times = []
         for pieces in (cases["2048"], cases["2048 after 8192"]):
             try:
-                work = PromptPass(spec, joined, storage, pieces, rope, tile)
+                work = prompt_pass(spec, joined, storage, rope, pieces, tile)
                 run = partial(work._attend, 0, work._queries, work._mixed)
                 times.append(round(timed(run, 5) * 1e6, 1))
             except Exception as error:
                 times.append(str(error)[:60])
         found[f"attention {tile}"] = times
-    found["kernels, 2048"] = profile(
-        partial(prompt_hidden, PromptPass, spec, joined, storage, cases["2048"], rope)
-    )
+    found["kernels, 2048"] = profile(partial(new_pass, spec, joined, storage, rope, cases["2048"]))
 
 
-def prompt_hidden(kind: Any, *arguments: Any) -> Any:
-    """Run one prompt pass."""
+def prompt_pass(
+    spec: Any, joined: Any, storage: Any, rope: Any, pieces: Any, tile: Any = None
+) -> Any:
+    """A pass over ``pieces``, ready to run."""
+    import torch
+
+    from qwen2kit_torch.engine.prompts import PassSize, PromptPass
+
+    size = PassSize(sum(len(piece.tokens) for piece in pieces), len(pieces), 0, len(pieces))
+    with torch.inference_mode():
+        work = PromptPass(spec, joined, storage, rope, size, tile=tile)
+        work.set(pieces)
+    return work
+
+
+def new_pass(*arguments: Any) -> None:
+    """Make a pass and run it."""
     import torch
 
     with torch.inference_mode():
-        return kind(*arguments).hidden()
+        prompt_pass(*arguments).run()
 
 
 def whole(found: Figures, name: str, tuned: dict[str, Any] | None, bits: int | None = None) -> None:

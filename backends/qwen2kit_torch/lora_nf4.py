@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from importlib.util import find_spec
 from math import prod
 from statistics import NormalDist
 from typing import Any
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwen2kit.errors import BackendError
+from qwen2kit_torch.triton_support import has_triton
 
 BLOCK = 64
 
@@ -83,7 +83,7 @@ def dequantize(
     packed: Tensor, absmax: Tensor, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
     """The matrix of ``shape``: code times ``absmax`` in float32, rounded once to ``dtype``."""
-    if packed.is_cuda and _has_triton():
+    if packed.is_cuda and has_triton():
         from qwen2kit_torch.lora_nf4_kernel import dequantize as in_one_pass
 
         return in_one_pass(packed, absmax, _values(packed.device), dtype).view(shape)
@@ -137,11 +137,6 @@ def _backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _product.register_autograd(_backward, setup_context=_remember)
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 @cache

@@ -9,7 +9,6 @@ inputs ``8i + 2j`` and ``8i + 2j + 1`` at bit ``bits * i`` of its low and of its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.model import Qwen2
+from qwen2kit_torch.triton_support import has_triton
 
 BITS = (4, 8)
 _EPSILON = 1e-7
@@ -48,7 +48,7 @@ class Quantized:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The matrix in ``dtype``, each value rounded once."""
-        if self.codes.is_cuda and find_spec("triton") is not None:
+        if self.codes.is_cuda and has_triton():
             from qwen2kit_torch.engine.packed_products import dequantize
 
             return dequantize(self, dtype)

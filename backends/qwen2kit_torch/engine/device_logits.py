@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from torch import Tensor
 
-from qwen2kit_torch.engine.joined import has_triton
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.sorted_logits import SortedLogits
+from qwen2kit_torch.triton_support import has_triton
 
 
 def logits_on_device(logits_NV: Tensor) -> DeviceLogits:
@@ -16,13 +14,8 @@ def logits_on_device(logits_NV: Tensor) -> DeviceLogits:
     kind = logits_NV.device.type
     if kind == "cpu":
         return DeviceLogits(logits_NV)
-    if kind == "cuda" and _has_kernels():
+    if kind == "cuda" and has_triton():
         from qwen2kit_torch.engine.drawn_logits import DrawnLogits
 
         return DrawnLogits(logits_NV)
     return SortedLogits(logits_NV)
-
-
-@cache  # asked at every step
-def _has_kernels() -> bool:
-    return has_triton()

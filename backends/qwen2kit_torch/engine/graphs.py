@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import product
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from qwen2kit.backend.slots import Course, Cut, DrawingLogits, Edit, Feed
+from qwen2kit_torch.engine.captured_passes import CapturedPasses
+from qwen2kit_torch.engine.captures import Captures, run_aside
 from qwen2kit_torch.engine.device_logits import logits_on_device
 from qwen2kit_torch.engine.draw_tail import DrawTail
 from qwen2kit_torch.engine.draws import Scratch
@@ -19,7 +20,7 @@ from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS, passes
-from qwen2kit_torch.engine.prompts import PromptPass
+from qwen2kit_torch.engine.prompts import PassSize, PromptPass, rows_of
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
@@ -49,17 +50,21 @@ class GraphSlots(EagerSlots):
     def __init__(self, model: Qwen2, weights: JoinedWeights, *, count: int, capacity: int) -> None:
         super().__init__(model, count=count, capacity=capacity)
         self._weights = weights
+        self._captures = Captures()
         self._steps: dict[tuple[int, bool], CapturedStep] = {}
+        self._passes = CapturedPasses(
+            model.spec, weights, self._storage, self._rope(), self._captures
+        )
         self._scratch: Scratch | None = None
-        self._pool: Any = None
 
     def prepare(self) -> None:
-        """Capture steps of all sizes, compile what reads prompts and what draws."""
+        """Capture steps and passes of all sizes, compile what draws."""
         with torch.inference_mode(), torch.cuda.device(self._device):
             for rows in _buckets(max(self.count, _FEW)):
                 self._step(rows)
             for rows in _buckets(self.count):
                 self._step(rows, draws=True)
+            self._passes.prepare()
         logits = self.feed([Feed(0, 0, (0,) * min(self.capacity, _FEW + 1))])
         if isinstance(logits, DrawingLogits):
             changed = Edit(temperature=1.0, ids=np.array([0]), shift=np.ones(1, np.float32))
@@ -73,6 +78,9 @@ class GraphSlots(EagerSlots):
         long, short = _divided(feeds)
         found: dict[int, Tensor] = {}
         with torch.cuda.device(self._device):
+            together = self._passes.run(feeds, long, short) if long else None
+            if together is not None:
+                return logits_on_device(together)
             parts = [self._long(feeds, long), self._short(feeds, short)]
         for indices, part in zip((long, short), parts, strict=True):
             sizes = [feeds[index].wanted for index in indices]
@@ -83,14 +91,19 @@ class GraphSlots(EagerSlots):
 
     def _long(self, feeds: Sequence[Feed], indices: Sequence[int]) -> Tensor:
         """Logits ``[N, V]`` of feeds that go through passes of their own."""
-        spec, weights = self._model.spec, self._weights
-        hidden = [
-            PromptPass(spec, weights, self._storage, pieces, self._rope()).hidden()
-            for pieces in passes([feeds[index] for index in indices], TOKENS_PER_PASS)
-        ]
-        if not hidden:
-            return weights.head.new_empty(0, spec.vocab_size)
-        return torch.cat(hidden) @ weights.head.t()
+        parts = [self._weights.head.new_empty(0, self._model.spec.vocab_size)]
+        for pieces in passes([feeds[index] for index in indices], TOKENS_PER_PASS):
+            size = PassSize(
+                rows=sum(len(piece.tokens) for piece in pieces),
+                pieces=len(pieces),
+                singles=0,
+                wanted=sum(piece.wanted for piece in pieces),
+            )
+            step = PromptPass(self._model.spec, self._weights, self._storage, self._rope(), size)
+            step.set(pieces)
+            step.run()
+            parts.append(step.logits)
+        return torch.cat(parts)
 
     def _short(self, feeds: Sequence[Feed], indices: Sequence[int]) -> Tensor:
         """Logits ``[N, V]`` of feeds that go through one captured step."""
@@ -142,6 +155,7 @@ class GraphSlots(EagerSlots):
         """Give the memory back."""
         super().close()
         self._steps.clear()
+        self._passes.close()
 
     @bounded_by_memory
     def _step(self, rows: int, *, draws: bool = False) -> CapturedStep:
@@ -159,8 +173,7 @@ class GraphSlots(EagerSlots):
                 early=early,
                 scratch=self._drawing_scratch() if draws else None,
             )
-            step = self._steps[bucket, draws] = CapturedStep(plain, bucket, self._pool)
-            self._pool = step.graph.pool()
+            step = self._steps[bucket, draws] = CapturedStep(plain, bucket, self._captures)
         return step
 
     def _drawing_scratch(self) -> Scratch:
@@ -196,20 +209,13 @@ class CapturedStep:
     Args:
         step: not yet run.
         count: its rows.
-        pool: memory shared with other graphs, none of which run at the same time.
+        captures: makes the graph.
     """
 
-    def __init__(self, step: Step, count: int, pool: Any) -> None:
+    def __init__(self, step: Step, count: int, captures: Captures) -> None:
         self._step, self._count = step, count
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step.run()  # compiles, and stores nothing: all slots are negative
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile.
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-            step.run()
+        run_aside(step.run)  # compiles, and stores nothing: all slots are negative
+        self.graph = captures(step.run)
         self._copies = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._ids = torch.empty(HISTORY, count, dtype=torch.int32, pin_memory=True)
         self._events = [(_event(), _event()) for _ in range(HISTORY)]
@@ -218,13 +224,8 @@ class CapturedStep:
         """Tokens, slots and positions of the next step; its number becomes 0."""
         rows = np.zeros((3, self._count), dtype=np.int32)
         rows[1] = -1
-        done = 0
-        for feed in feeds:
-            own = slice(done, done + len(feed.tokens))
-            rows[0, own] = feed.tokens
-            rows[1, own] = feed.slot
-            rows[2, own] = range(feed.start, feed.start + len(feed.tokens))
-            done = own.stop
+        given = rows_of(feeds)
+        rows[:, : given.shape[1]] = given
         step = self._step
         step.rows.copy_(torch.from_numpy(rows))
         step.count.zero_()

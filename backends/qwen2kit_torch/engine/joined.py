@@ -6,11 +6,8 @@ scoring, export and prefill go on as before.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from qwen2kit_torch.linear import Linear
 from qwen2kit_torch.model import DecoderLayer, Qwen2
 from qwen2kit_torch.quantized import Quantized, QuantizedLinear
+from qwen2kit_torch.triton_support import has_triton
 
 Matrix = Tensor | Quantized
 _KNOWN = (Linear, QuantizedLinear)
@@ -79,12 +77,6 @@ def can_capture(model: Qwen2, device: torch.device) -> bool:
         and all(type(m) in _KNOWN for m in model.modules() if isinstance(m, nn.Linear))
         and all(_alike(joint) for layer in model.model.layers for joint in _joints(layer))
     )
-
-
-def has_triton() -> bool:
-    """Whether Triton is there, and the C compiler with which it builds its launchers."""
-    compilers = (os.environ.get("CC"), shutil.which("clang"), shutil.which("gcc"))
-    return find_spec("triton") is not None and any(compilers)
 
 
 def join(model: Qwen2) -> JoinedWeights:

@@ -24,13 +24,45 @@ from qwen2kit_torch.rope import Rope
 Attend = Callable[[int, Tensor, Tensor], None]
 
 
+class Buffers:
+    """What the layers leave for each other, for ``count`` rows.
+
+    Attributes:
+        x, normed, added: ``[R, D]``.
+        joint: ``[R, (H + 2K) * C]``.
+        queries, mixed: ``[R, H * C]``.
+        wide, gated: ``[R, 2F]`` and ``[R, F]``.
+    """
+
+    def __init__(self, spec: ModelSpec, weights: JoinedWeights, count: int) -> None:
+        norm = weights.norm
+
+        def values(width: int) -> Tensor:
+            return torch.empty(count, width, dtype=norm.dtype, device=norm.device)
+
+        self.x, self.normed, self.added = (values(spec.hidden_size) for _ in range(3))
+        self.joint = values(weights.layers[0].heads.shape[0])
+        width = spec.num_attention_heads * spec.head_dim
+        self.queries, self.mixed = values(width), values(width)
+        self.wide = values(2 * spec.intermediate_size)
+        self.gated = values(spec.intermediate_size)
+
+    @staticmethod
+    def row_bytes(spec: ModelSpec, weights: JoinedWeights) -> int:
+        """Bytes that a row takes."""
+        width = spec.num_attention_heads * spec.head_dim
+        numbers = 3 * spec.hidden_size + weights.layers[0].heads.shape[0] + 2 * width
+        return (numbers + 3 * spec.intermediate_size) * weights.norm.dtype.itemsize
+
+
 class Layers:
-    """Buffers for ``count`` rows, and what the layers do with them.
+    """What the layers do with ``count`` rows.
 
     Args:
         spec, weights, storage: the model and its slots.
         count: R.
         rope: of the model, ``[>= capacity, C]`` each, in the compute dtype.
+        buffers: of R rows at least, which others may use when this does not run; its own if None.
 
     Attributes:
         rows: int32 ``[3, R]``: token ids, slots (negative: none) and positions.
@@ -44,21 +76,20 @@ class Layers:
         storage: Storage,
         count: int,
         rope: Rope,
+        buffers: Buffers | None = None,
     ) -> None:
         self._spec, self._weights, self._storage, self._rope = spec, weights, storage, rope
         self._r = count
         device, dtype = weights.norm.device, weights.norm.dtype
-
-        def values(width: int) -> Tensor:
-            return torch.empty(count, width, dtype=dtype, device=device)
-
         self.rows = torch.zeros(3, count, dtype=torch.int32, device=device)
-        self.x, self._normed, self._added = (values(spec.hidden_size) for _ in range(3))
-        self._joint = values(weights.layers[0].heads.shape[0])
-        width = spec.num_attention_heads * spec.head_dim
-        self._queries, self._mixed = values(width), values(width)
-        self._wide = values(2 * spec.intermediate_size)
-        self._gated = values(spec.intermediate_size)
+        given = buffers or Buffers(spec, weights, count)
+        self.x, self._normed, self._added = (
+            part[:count] for part in (given.x, given.normed, given.added)
+        )
+        self._joint, self._queries = given.joint[:count], given.queries[:count]
+        self._mixed, self._wide, self._gated = (
+            part[:count] for part in (given.mixed, given.wide, given.gated)
+        )
         self._scratch = scratch_for(_packed(weights), count, dtype.itemsize)
 
     def run_layers(self, attend: Attend) -> None:

@@ -18,18 +18,17 @@ from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.engine.draw_tail import DrawTail
 from qwen2kit_torch.engine.draws import Scratch
 from qwen2kit_torch.engine.joined import JoinedWeights, LayerWeights, Matrix
-from qwen2kit_torch.engine.kernels import attention, products
+from qwen2kit_torch.engine.kernels import products
 from qwen2kit_torch.engine.kernels import rows as kernels
 from qwen2kit_torch.engine.layers import Layers
 from qwen2kit_torch.engine.packed_products import operands
+from qwen2kit_torch.engine.single_attention import SingleAttention
 from qwen2kit_torch.engine.storage import Storage
-from qwen2kit_torch.engine.tuning import Tile, Tiles, packed_tile, power_of_two, tiles
+from qwen2kit_torch.engine.tuning import Tile, Tiles, packed_tile, tiles
 from qwen2kit_torch.quantized import Quantized
 from qwen2kit_torch.rope import Rope
 
 HISTORY = 32
-_PROGRAMS = 264
-_MOST_SPLITS = 32
 _VOCABULARY_BLOCK = 2048
 _CHOICE_BLOCK = 8192
 
@@ -69,8 +68,6 @@ class Step(Layers):
         super().__init__(spec, weights, storage, count, rope)
         self._early = early and count == 1
         self._tiles = tiling or self._default_tiles()
-        self._splits = self._count_splits()
-        self._group = max(16, power_of_two(spec.num_attention_heads // spec.num_key_value_heads))
         tile = self._tiles.head
         part = tile.rows * tile.repeat if count == 1 else _VOCABULARY_BLOCK
         self._blocks = triton.cdiv(spec.vocab_size, part)
@@ -89,10 +86,9 @@ class Step(Layers):
         if scratch is not None:
             self.tail = DrawTail(count, spec.vocab_size, scratch, self.count, HISTORY)
         self._best, self._best_ids = floats(count, self._blocks), ints(count, self._blocks)
-        pairs = (count, spec.num_key_value_heads)
-        self._arrived = ints(*pairs)
-        self._parts = floats(*pairs, self._splits, self._group, spec.head_dim)
-        self._shares = floats(*pairs, self._splits, self._group, 2)
+        self._attention = SingleAttention(
+            spec, weights, storage, count, self._tiles.keys, early=self._early
+        )
 
     def run(self) -> None:
         """Launch the step."""
@@ -124,15 +120,7 @@ class Step(Layers):
 
     def attend(self, index: int, queries: Tensor, mixed: Tensor) -> None:
         """Attention of layer ``index``."""
-        spec, tiling = self._spec, self._tiles
-        keys, values = self._storage.layers[index]
-        attention.attend[(self._splits, spec.num_key_value_heads, self._r)](
-            queries, keys, values, self.rows[1], self.rows[2], mixed, self._parts, self._shares,
-            self._arrived, self._storage.capacity, spec.head_dim**-0.5, spec.num_attention_heads,
-            spec.num_key_value_heads, spec.head_dim, self._weights.layers[index].window or 0,
-            self._splits, tiling.spread, tiling.keys, self._group,
-            **self._options(tiling.key_warps),
-        )  # fmt: skip
+        self._attention(index, queries, self.rows[1], self.rows[2], mixed)
 
     def project_heads(self, index: int) -> None:
         """Rotated queries of a single row; its keys and values go into the slot."""
@@ -196,7 +184,9 @@ class Step(Layers):
     def _default_tiles(self) -> Tiles:
         spec, layer = self._spec, self._weights.layers[0]
         width = spec.num_attention_heads * spec.head_dim
-        found = tiles(spec.hidden_size, width, spec.intermediate_size)
+        found = tiles(
+            spec.hidden_size, width, spec.intermediate_size, self._weights.norm.dtype.itemsize
+        )
         products = {
             "heads": layer.heads, "out": layer.out, "gate_up": layer.gate_up, "down": layer.down
         }  # fmt: skip
@@ -205,12 +195,4 @@ class Step(Layers):
             for name, matrix in products.items()
             if isinstance(matrix, Quantized)
         }
-        if self._weights.norm.dtype.itemsize > 2:
-            changes["keys"] = 32  # of float32, as much shared memory as 64 of bfloat16
         return replace(found, **changes)
-
-    def _count_splits(self) -> int:
-        """Ranges that fill the device for this number of rows, each of one block at least."""
-        most = min(_MOST_SPLITS, triton.cdiv(self._storage.capacity, self._tiles.keys))
-        wanted = _PROGRAMS // (self._spec.num_key_value_heads * self._r)
-        return power_of_two(max(1, min(most, wanted)))

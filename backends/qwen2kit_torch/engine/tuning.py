@@ -30,18 +30,30 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysTile:
+    """Of attention of single tokens: keys taken at once, warps, and how far keys are spread over
+    programs (see `kernels.attention`)."""
+
+    keys: int = 64
+    warps: int = 4
+    spread: int = 2
+
+
+def keys_tile(itemsize: int) -> KeysTile:
+    """For heads of values of ``itemsize`` bytes; as much shared memory whatever they are."""
+    return KeysTile(64 if itemsize <= 2 else 32)
+
+
+@dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tile for every product of a step; for attention, keys taken at once, warps, and how far
-    keys are spread over programs (see `kernels.attention`)."""
+    """A tile for every product of a single row, and for attention."""
 
     heads: Tile
     out: Tile
     gate_up: Tile
     down: Tile
     head: Tile
-    keys: int = 64
-    key_warps: int = 4
-    spread: int = 2
+    keys: KeysTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +90,9 @@ def prompt_tile(head_dim: int, itemsize: int) -> PromptTile:
     return PromptTile(128, 64, 8, 2 if head_dim > 64 else 3)
 
 
-def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
-    """Tiles for a model of ``hidden`` size whose query heads are ``heads_width`` wide."""
+def tiles(hidden: int, heads_width: int, ffn: int, itemsize: int) -> Tiles:
+    """Tiles for a model of ``hidden`` size whose query heads are ``heads_width`` wide, with
+    activations of ``itemsize`` bytes."""
     wide = _block(hidden)
     return Tiles(
         heads=_tile(4, wide),
@@ -87,6 +100,7 @@ def tiles(hidden: int, heads_width: int, ffn: int) -> Tiles:
         gate_up=_tile(16, 512) if 512 < hidden <= 1024 else _tile(2 if wide > 1024 else 4, wide),
         down=_tile(4, min(2048, power_of_two(ffn))) if ffn < 16384 else _tile(2, 4096, 8),
         head=_tile(4, wide, repeat=8),
+        keys=keys_tile(itemsize),
     )
 
 
@@ -112,6 +126,13 @@ def rows_tile(height: int, width: int, rows: int, bits: int, itemsize: int) -> R
     most = min(_MOST_SPLITS, width // span // _LEAST_TURNS)
     splits = max(1, min(programs // -(-height // block), most))
     return RowsTile(max(16, power_of_two(rows)), block, span, splits, 4, 3)
+
+
+def pass_rows(rows: int) -> int:
+    """Rows of the captured pass that takes ``rows``: few enough sizes to capture, and near enough
+    to each other that what is computed for nothing is little."""
+    step = 64 if rows <= 512 else 256
+    return -(-rows // step) * step
 
 
 def power_of_two(number: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -145,10 +147,10 @@ def test_ranges_of_keys_join_to_plain_attention(length: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["multi-head", "window"])
-def test_prompts_in_pieces_are_what_the_network_makes_of_them(name: str) -> None:
+def test_prompts_in_pieces_and_single_tokens_are_what_the_network_makes_of_them(name: str) -> None:
+    """In buffers that are larger than the pass and hold what the one before has left."""
     from qwen2kit_torch.engine.joined import join
-    from qwen2kit_torch.engine.pieces import Piece
-    from qwen2kit_torch.engine.prompts import PromptPass
+    from qwen2kit_torch.engine.prompts import PassSize, PromptPass, Workspace
     from qwen2kit_torch.engine.storage import Storage
 
     spec = KINDS[name]
@@ -156,19 +158,39 @@ def test_prompts_in_pieces_are_what_the_network_makes_of_them(name: str) -> None
     cpu = torch.device("cpu")
     storage = Storage(spec, count=4, capacity=128, device=cpu, dtype=torch.float32)
     rope = model.module.rope(128, cpu, torch.float32)
-    long, short = TOKENS * 5, TOKENS[::-1]
-    passes = [
-        [Piece(3, 0, tuple(long[:41]), 1), Piece(1, 0, tuple(short[:3]), 0)],
-        [Piece(1, 3, tuple(short[3:17]), 2), Piece(3, 41, tuple(long[41:]), 59)],
-    ]
     weights = join(model.module)
+    long, short = TOKENS * 5, TOKENS[::-1]
+    other = TOKENS[3:] * 3
+    size = PassSize(rows=80, pieces=2, singles=5, wanted=70)
     with torch.inference_mode():
-        first, second = (
-            PromptPass(spec, weights, storage, pieces, rope).hidden() @ weights.head.t()
-            for pieces in passes
-        )
-    expected = torch.from_numpy(model.logits(long))
-    torch.testing.assert_close(first, expected[40:41], atol=1e-4, rtol=0)
-    torch.testing.assert_close(second[2:], expected[41:], atol=1e-4, rtol=0)
-    expected = torch.from_numpy(model.logits(short))
-    torch.testing.assert_close(second[:2], expected[15:17], atol=1e-4, rtol=0)
+        workspace = Workspace.of(spec, weights, storage, size)
+        step = PromptPass(spec, weights, storage, rope, size, workspace=workspace)
+        exact = PromptPass(spec, weights, storage, rope, PassSize(60, 3, 0, 1))
+
+    def run(some: Any, feeds: list[Feed], **order: Any) -> Any:
+        with torch.inference_mode():
+            some.set(feeds, **order)
+            some.run()
+            return some.logits[: sum(feed.wanted for feed in feeds)].clone()
+
+    def close(found: Any, expected: Any) -> None:
+        torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-4, rtol=0)
+
+    feeds = [Feed(3, 0, tuple(long[:41])), Feed(1, 0, tuple(short[:3]), 0)]
+    found = run(exact, [*feeds, Feed(0, 0, tuple(other[:16]), 0)])
+    close(found, model.logits(long)[40:41])
+    # Three tokens of one slot and one of another between two pieces, told in the order of feeds.
+    feeds = [
+        Feed(1, 3, tuple(short[3:17]), 2),
+        Feed(0, 16, tuple(other[16:19]), 3),
+        Feed(3, 41, tuple(long[41:]), 59),
+        Feed(2, 0, (7,)),
+    ]
+    found = run(step, feeds, order=[1, 3, 0, 2], singles=2)
+    close(found[:2], model.logits(short)[15:17])
+    close(found[2:5], model.logits(other[:19])[16:])
+    close(found[5:64], model.logits(long)[41:])
+    close(found[64:], model.logits([7]))
+    # Less than before in the same buffers.
+    found = run(step, [Feed(0, 19, tuple(other[19:40])), Feed(2, 1, (9,))], order=[1, 0], singles=1)
+    close(found, np.stack([model.logits(other[:40])[-1], model.logits([7, 9])[-1]]))

@@ -93,6 +93,10 @@ def test_prepared_slots_give_the_same_and_capture_nothing_later() -> None:
                 assert set(known) == {(1 << n, False) for n in range(7)} | {
                     (1 << n, True) for n in range(4)
                 }
+                passes = dict(engine._slots._passes._passes)  # type: ignore[attr-defined]
+                assert set(passes) == {*range(64, 513, 64), *range(768, 2305, 256)}
+                graphs = [one._graph for one in passes.values()]
+                assert None not in graphs
             texts: dict[int, list[int]] = {}
             for seed, length in enumerate((3, 70, 90, 5, 8)):
                 how = Sampling(temperature=1.0, top_p=0.9, max_new_tokens=20, seed=seed)
@@ -102,9 +106,30 @@ def test_prepared_slots_give_the_same_and_capture_nothing_later() -> None:
                     texts[event.prompt].append(event.token)
             if prepare:
                 assert engine._slots._steps == known  # type: ignore[attr-defined]
+                assert engine._slots._passes._passes == passes  # type: ignore[attr-defined]
+                assert [one._graph for one in passes.values()] == graphs
             return [tuple(text) for text in texts.values()]
 
     assert sampled(prepare=True) == sampled(prepare=False)
+
+
+@pytest.mark.parametrize("name", ["tied", "window"])
+def test_requests_that_come_and_go_are_as_if_alone(name: str) -> None:
+    """Prompts are read while others speak, in passes that are captured when they repeat."""
+    model, plain = on_cuda(name), ours(SPECS[name])
+    prompts = [(TOKENS * 12)[n % 7 : n % 7 + 9 + 37 * n % 190] for n in range(24)]
+    with Engine(model, slots=5, capacity=240) as engine:
+        texts: dict[int, list[int]] = {
+            engine.submit(Request(tuple(prompt), Sampling(max_new_tokens=5 + 3 * n % 11))): []
+            for n, prompt in enumerate(prompts)
+        }
+        while engine.busy:
+            for event in engine.step():
+                texts[event.prompt].append(event.token)
+        passes = engine._slots._passes._passes.values()  # type: ignore[attr-defined]
+        assert sum(one._graph is not None for one in passes) > 1
+    for n, (prompt, text) in enumerate(zip(prompts, texts.values(), strict=True)):
+        assert tuple(text) == tuple(alone(plain, prompt, 5 + 3 * n % 11))
 
 
 @pytest.mark.parametrize("rows", [1, 5, 70])
