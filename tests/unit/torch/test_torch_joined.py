@@ -53,5 +53,5 @@ def test_only_models_that_stay_as_they_are_on_cuda_are_captured(
     capability[0] = (9, 0)
     assert can_capture(plain, cuda)
     monkeypatch.delenv("CC")
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setenv("PATH", "")
     assert not can_capture(plain, cuda)
