@@ -2,8 +2,9 @@
 
 ``checkpoints/step-00000300/`` holds what the backend's ``save_state`` wrote on every process, a
 list with checksums from each, and ``state.json``. A checkpoint is built under a hidden name while
-training goes on, flushed to disk, and renamed when all processes are done. All methods are
-collective.
+training goes on, flushed to disk, and renamed when all processes are done. One that it replaces
+(the run went back past a damaged one) is set aside whole until then, and found again after a kill
+in between. All methods are collective.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from qwen2kit.backend.processes import Processes, SingleProcess
 from qwen2kit.backend.protocol import Saving
 from qwen2kit.errors import PeerError, TrainingError, WeightError
 from qwen2kit.partial_file import reason_of, sync_directory
-from qwen2kit.train.agreement import settle, together
+from qwen2kit.train.agreement import on_first, settle, together
 from qwen2kit.train.checkpoint_files import (
     OtherVersion,
     Receipt,
@@ -27,8 +28,10 @@ from qwen2kit.train.checkpoint_files import (
     verify_files,
     write_state,
 )
+from qwen2kit.weights.staging import bring_back, put_in_place
 
 _NAME = re.compile(r"step-(\d{8,})")
+_REPLACED = ".replaced"
 State = dict[str, Any]
 
 
@@ -131,9 +134,10 @@ class CheckpointStore:
         Raises:
             TrainingError: checkpoints exist but every one is damaged, or the newest is of another
                 version.
+            OSError: the directory cannot be read or changed.
         """
         warnings: list[str] = []
-        for name in self._processes.share([path.name for path in reversed(self.paths())]):
+        for name in on_first(self._processes, self._names):
             path = self.directory / name
             state, problem = self._load(path, read)
             if problem is None:
@@ -142,6 +146,15 @@ class CheckpointStore:
         if warnings:
             raise TrainingError(f"no intact checkpoint in {self.directory}: {warnings[0]}")
         return None
+
+    def _names(self) -> list[str]:
+        """Existing checkpoints, newest first, with those that a kill has left set aside."""
+        self._bring_back()
+        return [path.name for path in reversed(self.paths())]
+
+    def _bring_back(self) -> None:
+        for retired in self.directory.glob(f".step-*{_REPLACED}"):
+            bring_back(retired.with_name(retired.name[1:].removesuffix(_REPLACED)), retired)
 
     def _load(
         self, path: Path, read: Callable[[Path, State], None]
@@ -171,28 +184,30 @@ class CheckpointStore:
 
     def _prepare(self, step: int, partial: Path) -> None:
         if self._processes.rank == 0:
-            self.sweep()
             try:
+                self.sweep()
                 partial.mkdir(parents=True)
             except OSError as error:
                 raise self._failure(step, error) from error
 
     def sweep(self) -> None:
         """Remove what a run that was killed while saving has left (process 0 only)."""
-        for leftover in self.directory.glob(".step-*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        self._bring_back()
+        for kind in (".partial", _REPLACED):
+            for leftover in self.directory.glob(f".step-*{kind}"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _complete(self, pending: _Pending) -> None:
         if self._processes.rank:
             return
         final = self.directory / f"step-{pending.step:08d}"
+        retired = self.directory / f".{final.name}{_REPLACED}"
         state = {"step": pending.step, **pending.state}
         try:
             write_state(pending.partial, state, self._processes.world)
-            if final.exists():
-                shutil.rmtree(final)
-            pending.partial.replace(final)
+            put_in_place(pending.partial, final, retired)
             sync_directory(self.directory)
+            shutil.rmtree(retired, ignore_errors=True)
         except OSError as error:
             raise self._failure(pending.step, error) from error
         # A newer one can only be damaged (the run has gone back past it): it is not counted.

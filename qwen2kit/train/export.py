@@ -19,7 +19,7 @@ from qwen2kit.train.agreement import settle
 from qwen2kit.weights.generation import GenerationDefaults
 from qwen2kit.weights.safetensors_write import SafetensorsWriter
 from qwen2kit.weights.source import TensorInfo
-from qwen2kit.weights.staging import put_in_place
+from qwen2kit.weights.staging import bring_back, put_in_place
 from qwen2kit.weights.tensor import DType, HostTensor
 
 
@@ -85,6 +85,7 @@ def _replace(directory: Path, write: Callable[[Path], None]) -> None:
     partial, retired = (
         directory.with_name(f".{directory.name}.{kind}") for kind in ("partial", "replaced")
     )
+    bring_back(directory, retired)
     for leftover in (partial, retired):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)

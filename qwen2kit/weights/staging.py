@@ -36,10 +36,23 @@ def staged_directory(out: Path, *, force: bool) -> Iterator[Path]:
 
 def put_in_place(new: Path, out: Path, retired: Path) -> None:
     """Rename ``new`` to ``out``. What is there becomes ``retired`` first, whole, so that there is
-    never half of it under its name."""
+    never half of it under its name; it comes back if ``new`` cannot take its place.
+
+    A kill between the two leaves both complete and neither under its name: `bring_back`.
+    """
     if out.exists():
         out.rename(retired)
-    new.rename(out)
+    try:
+        new.rename(out)
+    except BaseException:
+        bring_back(out, retired)
+        raise
+
+
+def bring_back(out: Path, retired: Path) -> None:
+    """Give ``retired`` its name again where nothing has it. Raises OSError."""
+    if retired.exists() and not out.exists():
+        retired.rename(out)
 
 
 def refuse_overwrite(out: Path, *, force: bool) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 import threading
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -154,6 +157,60 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     restored = store.restore(NO_READ)
     assert restored is not None
     assert restored.state["value"] == 9
+
+
+WIDE = 30
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+
+def interrupted(work: Callable[[], object], number: int, *, kill: bool) -> int:
+    """Do ``work`` in a process that is killed before its change ``number`` of files or directories,
+    or in which that change fails; its exit code, which is 9 if it was killed."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = count(number, -1)
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        if event in CHANGES and next(left) == 0:
+            if kill:
+                os._exit(9)
+            raise OSError(errno.ENOSPC, "no luck")
+
+    sys.addaudithook(hook)
+    try:
+        work()
+        os._exit(0)
+    except TrainingError:
+        os._exit(1)
+    finally:
+        os._exit(2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("kill", [True, False])
+def test_old_or_new_is_whole_wherever_a_replacement_ends(kill: bool, tmp_path: Path) -> None:
+    codes, found = [], []
+    for number in range(WIDE):
+        store = saved(tmp_path / str(number), count=1)
+        codes.append(
+            interrupted(lambda s=store: save(s, 10, 9, writer("again")), number, kill=kill)
+        )
+        texts: list[str] = []
+        restored = store.restore(lambda d, state, t=texts: t.append((d / "model.bin").read_text()))
+        assert restored is not None
+        assert restored.warnings == ()
+        assert (restored.state["value"], *texts) in ((1, "weights 1"), (9, "again"))
+        found.append(texts[0])
+        save(store, 20, 2, writer("next"))
+        assert [path.name for path in store.paths()] == ["step-00000010", "step-00000020"]
+        assert not list(store.directory.glob(".*"))
+    done = codes.index(0) if kill else len(codes) - codes[::-1].index(1)
+    assert 8 < done < WIDE
+    assert set(codes[:done]) <= ({9} if kill else {0, 1})
+    assert set(codes[done:]) == {0}
+    assert {"weights 1", "again"} == set(found)
+    assert set(found[done:]) == {"again"}
 
 
 def test_a_partial_directory_of_a_crash_is_ignored_and_swept(tmp_path: Path) -> None:
