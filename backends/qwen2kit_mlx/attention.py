@@ -10,7 +10,7 @@ heads), C head size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_mlx.columns import Columns, Place
 from qwen2kit_mlx.kernels import Kernels
-from qwen2kit_mlx.rotary import Rotary, Rotation
+from qwen2kit_mlx.rotary import Halves, Rotary, Rotation, halves
 from qwen2kit_mlx.slot_store import SlotStore
 from qwen2kit_mlx.visibility import View, ragged, view
 
@@ -29,6 +29,26 @@ class Attend(Protocol):
     def __call__(self, layer: int, stacked_BTGC: mx.array) -> mx.array:
         """``[B * T, H * C]`` from a layer's queries, keys and values before rotation."""
         ...
+
+
+class Anchor(NamedTuple):
+    """What the keys of a layer stand without (see `rotary`), as rotations take it.
+
+    Attributes:
+        stacked: for stacked heads, after their tokens: zero for queries and values.
+        apart: for queries and keys, before their tokens.
+    """
+
+    stacked: Halves
+    apart: Halves
+
+    @classmethod
+    def of(cls, keys_KC: mx.array, queries: int) -> Anchor:
+        """From those of the keys, beside ``queries`` query heads."""
+        kv, width = keys_KC.shape
+        zeros_HC, zeros_KC = mx.zeros((queries, width)), mx.zeros((kv, width))
+        padded_GC = mx.concatenate([zeros_HC, keys_KC, zeros_KC])
+        return cls(halves(padded_GC), halves(padded_GC[: queries + kv, None]))
 
 
 class Heads:
@@ -42,7 +62,7 @@ class Heads:
         anchors: ``[K, C]`` of every layer, which its keys stand without (see `rotary`), or None.
 
     Attributes:
-        anchors: as given.
+        anchors: as rotations take them.
     """
 
     def __init__(
@@ -53,8 +73,12 @@ class Heads:
         dtype: mx.Dtype,
         anchors: Sequence[mx.array] | None,
     ) -> None:
-        self.rotary, self.kernels, self._dtype, self.anchors = rotary, kernels, dtype, anchors
+        self.rotary, self.kernels, self._dtype = rotary, kernels, dtype
         self.query, self.kv = spec.num_attention_heads, spec.num_key_value_heads
+        self.anchors: list[Anchor] | None = None
+        if anchors is not None:
+            self.anchors = [Anchor.of(keys_KC, self.query) for keys_KC in anchors]
+            mx.eval(self.anchors)
         self.windows = [spec.window_of(layer) for layer in range(spec.num_hidden_layers)]
         self.kinds = set(self.windows)
 
@@ -73,11 +97,9 @@ class Heads:
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Queries ``[B, H, T, C]`` and keys ``[B, K, T, C]``, rotated, and values like keys."""
         stacked = stacked_BTGC.transpose(0, 2, 1, 3)
-        turned = rotation(stacked[:, : self.query + self.kv])
-        keys = turned[:, self.query :]
-        if self.anchors is not None:
-            keys = keys + rotation.drift(self.anchors[layer][:, None])
-        return turned[:, : self.query], keys, stacked[:, self.query + self.kv :]
+        anchor = None if self.anchors is None else self.anchors[layer].apart
+        turned = rotation(stacked[:, : self.query + self.kv], anchor)
+        return turned[:, : self.query], turned[:, self.query :], stacked[:, self.query + self.kv :]
 
     def attention(
         self, q_BHTC: mx.array, columns: Columns, rows: slice, end: int, seen: View
@@ -168,13 +190,11 @@ class Block:
         heads, columns = self._heads, self._store.layers[layer]
         window = heads.windows[layer]
         place = self._places[window]
-        rotated_BTGC = self._rotation(stacked_BTGC)
+        anchor = None if heads.anchors is None else heads.anchors[layer].stacked
+        rotated_BTGC = self._rotation(stacked_BTGC, anchor)
         rows, count, _, width = rotated_BTGC.shape
-        new = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
-        if heads.anchors is not None:
-            drift_BTKC = self._rotation.drift(heads.anchors[layer])
-            new = mx.stack([new[:, :, 0] + drift_BTKC, new[:, :, 1]], axis=2)
-        columns.write(place, new)
+        new_BT2KC = rotated_BTGC[:, :, heads.query :].reshape(rows, count, 2, heads.kv, width)
+        columns.write(place, new_BT2KC)
         q_BHTC = rotated_BTGC[:, :, : heads.query].transpose(0, 2, 1, 3)
         seen, end = self._views[window], self._ends[window]
         return heads.attention(q_BHTC, columns, place.rows, end, seen)

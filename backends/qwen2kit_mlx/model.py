@@ -70,7 +70,8 @@ class Decoder:
         self.spec, self.params, self.kernels, self.dtype = spec, params, kernels, dtype
         layers = params.layers
         anchors = [layer.anchor for layer in layers if layer.anchor is not None]
-        self.heads = Heads(spec, Rotary(spec, dtype), kernels, dtype, anchors or None)
+        rotary = Rotary(spec, dtype, fuse=kernels.compiles)
+        self.heads = Heads(spec, rotary, kernels, dtype, anchors or None)
         self._between: list[Step] = [
             Between(spec.rms_norm_eps, layer, following)
             for layer, following in zip(layers, (*layers[1:], None), strict=True)
