@@ -14,6 +14,7 @@ from torch import Tensor
 from qwen2kit.backend.slots import Course, Cut, Edit
 from qwen2kit_torch.engine.draws import Draws, Scratch
 from qwen2kit_torch.engine.kernels import draws as kernels
+from qwen2kit_torch.engine.sending import send, sent
 
 _MOST_TIMES = 16_000
 
@@ -48,11 +49,11 @@ class DrawTail:
             for each in courses
         ]
         rest = [[1.0, 0.0, 0.0]] * (self._count - len(courses))
-        self._penalties.copy_(torch.tensor(penalties + rest, dtype=torch.float64))
+        send(np.array(penalties + rest), self._penalties)
         self._said.zero_()
         told = self._told(courses)
         if told.shape[1]:
-            places, values = torch.from_numpy(told).to(self._said.device)
+            places, values = sent(told, self._said.device)
             self._said.view(-1)[places] = values.short()
 
     def set_points(self, first: int) -> None:
@@ -61,7 +62,7 @@ class DrawTail:
         for row, course in enumerate(self._courses):
             if course.temperature > 0:
                 points[row] = course.points(first, self._steps)
-        self._draws.points.copy_(torch.from_numpy(points))
+        send(points, self._draws.points)
 
     def run(self, logits: Tensor, rows: Tensor, history: Tensor) -> None:
         """Launch: ids drawn from ``logits`` ``[R, V]`` go into ``rows`` (see `Step`), positions

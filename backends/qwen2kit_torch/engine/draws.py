@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
 
 from qwen2kit.backend.slots import Cut, Edit
 from qwen2kit_torch.engine.kernels import draws
+from qwen2kit_torch.engine.sending import sent
 
 _PROGRAMS = 1056
 _BLOCK = 2048
@@ -80,22 +82,22 @@ class Draws:
     def set(self, edits: Sequence[Edit], cuts: Sequence[Cut]) -> None:
         """Limits, temperatures (0 takes the most likely), cuts and first points of the first
         rows; the others draw from all that their logits give."""
-        rest = self._count - len(edits)
         cold = [edit.temperature == 0 for edit in edits]
         pairs = list(zip(cold, cuts, strict=True))
         vocab = self._vocab
-        columns = torch.tensor(
+        columns = np.zeros((5, self._count))
+        columns[:4, len(edits) :] = np.array([[vocab], [0], [1], [1]])
+        columns[:, : len(edits)] = np.array(
             [
-                [vocab if edit.limit is None else edit.limit for edit in edits] + [vocab] * rest,
-                [0 if still else cut.top_k for still, cut in pairs] + [0] * rest,
-                [edit.temperature or 1.0 for edit in edits] + [1.0] * rest,
-                [1.0 if still else cut.top_p for still, cut in pairs] + [1.0] * rest,
-                [0.0 if still else cut.point for still, cut in pairs] + [0.0] * rest,
-            ],
-            dtype=torch.float64,
-        ).to(self.drawn.device)
+                [vocab if edit.limit is None else edit.limit for edit in edits],
+                [0 if still else cut.top_k for still, cut in pairs],
+                [edit.temperature or 1.0 for edit in edits],
+                [1.0 if still else cut.top_p for still, cut in pairs],
+                [0.0 if still else cut.point for still, cut in pairs],
+            ]
+        )
         places = (self._limits, self._top_k, self._temperatures, self._top_p, self.points[:, 0])
-        for place, column in zip(places, columns, strict=True):
+        for place, column in zip(places, sent(columns, self.drawn.device), strict=True):
             place.copy_(column)
 
     def run(

@@ -21,6 +21,7 @@ from qwen2kit_torch.engine.logits import DeviceLogits
 from qwen2kit_torch.engine.memory import bounded_by_memory
 from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS, passes
 from qwen2kit_torch.engine.prompts import PassSize, PromptPass, rows_of
+from qwen2kit_torch.engine.sending import send, sent
 from qwen2kit_torch.engine.step import HISTORY, Step
 from qwen2kit_torch.engine.tuning import power_of_two
 from qwen2kit_torch.model import Qwen2
@@ -227,7 +228,7 @@ class CapturedStep:
         given = rows_of(feeds)
         rows[:, : given.shape[1]] = given
         step = self._step
-        step.rows.copy_(torch.from_numpy(rows))
+        send(rows, step.rows)
         step.count.zero_()
         step.limit.fill_(step.logits.shape[1] if limit is None else limit)
 
@@ -245,7 +246,7 @@ class CapturedStep:
         """A copy of the logits ``[len(rows), V]`` of some rows."""
         if list(rows) == list(range(len(rows))):
             return self._step.logits[: len(rows)].clone()
-        return self._step.logits[torch.tensor(rows, device=self._step.logits.device)]
+        return self._step.logits[sent(rows, self._step.logits.device)]
 
     def replay_and_report(self, number: int) -> None:
         """Queue step ``number``, and the copy of its ids on a stream of its own."""

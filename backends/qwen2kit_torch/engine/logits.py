@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qwen2kit.backend.slots import BROKEN, Edit, Shortlist
 from qwen2kit_torch.engine.memory import bounded_by_memory
+from qwen2kit_torch.engine.sending import sent
 
 
 class DeviceLogits:
@@ -55,7 +56,7 @@ class DeviceLogits:
     @torch.inference_mode()
     def rows(self, rows: Sequence[int]) -> NDArray[np.float32]:
         """Unedited float32 logits ``[len(rows), V]``."""
-        index = torch.tensor(list(rows), device=self._logits.device, dtype=torch.int64)
+        index = sent(list(rows), self._logits.device, np.int64)
         found: NDArray[np.float32] = self._logits[index].float().cpu().numpy()
         return found
 
@@ -70,13 +71,13 @@ def below(raw_NV: Tensor, edits: Sequence[Edit], least: int = 0) -> Tensor:
     raw_NV = raw_NV[:, :most]
     if all(limit == most for limit in limits):
         return raw_NV
-    ends = torch.tensor(limits, device=raw_NV.device)[:, None]
+    ends = sent(limits, raw_NV.device)[:, None]
     return raw_NV.masked_fill(torch.arange(most, device=raw_NV.device) >= ends, -torch.inf)
 
 
 def _log_sum_exp(scores_NV: Tensor, warmth: Sequence[float]) -> Tensor:
     """float64 ``[N]``, of scores over ``warmth``; terms are float32, their sum float64."""
-    divisors = torch.tensor(warmth, dtype=torch.float64).to(scores_NV.device)
+    divisors = sent(warmth, scores_NV.device, np.float64)
     best = scores_NV.amax(-1, keepdim=True)
     terms = (scores_NV - best).div_(divisors.float()[:, None]).exp_()
     return best[:, 0].double() / divisors + terms.sum(-1, dtype=torch.float64).log()
@@ -88,7 +89,7 @@ def edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
     changed = [(row, edit) for row, edit in enumerate(edits) if edit.ids is not None]
     if changed:
         scores = raw_NV.clone(memory_format=torch.contiguous_format)
-        rows, ids, scale, shift = _joined(changed).to(raw_NV.device)
+        rows, ids, scale, shift = sent(_joined(changed), raw_NV.device)
         places = rows.long() * raw_NV.shape[1] + ids.long()
         value = scores.view(-1)[places]
         value = torch.where(value > 0, value / scale.float(), value * scale.float())
@@ -96,15 +97,15 @@ def edited(raw_NV: Tensor, edits: Sequence[Edit]) -> Tensor:
     masked = [(row, edit.allowed) for row, edit in enumerate(edits) if edit.allowed is not None]
     if masked:
         bits = np.stack([allowed for _, allowed in masked]).view(np.int32)
-        rows = torch.tensor([row for row, _ in masked], device=raw_NV.device)
-        words = torch.from_numpy(bits).to(raw_NV.device)
+        rows = sent([row for row, _ in masked], raw_NV.device)
+        words = sent(bits, raw_NV.device)
         ids = torch.arange(raw_NV.shape[1], device=raw_NV.device)
         banned = (words[:, ids // 32] >> (ids % 32).int()) & 1 == 0
         scores = scores.index_put((rows,), scores[rows].masked_fill(banned, -torch.inf))
     return scores
 
 
-def _joined(changed: Sequence[tuple[int, Edit]]) -> Tensor:
+def _joined(changed: Sequence[tuple[int, Edit]]) -> NDArray[np.float64]:
     """Row, id, scale and shift of every edited logit, float64 ``[4, E]``."""
     ids = [edit.ids for _, edit in changed if edit.ids is not None]
     sizes = [len(part) for part in ids]
@@ -121,4 +122,4 @@ def _joined(changed: Sequence[tuple[int, Edit]]) -> Tensor:
             for size, part in zip(sizes, parts, strict=True)
         ]
         np.concatenate(filled, out=found[line])
-    return torch.from_numpy(found)
+    return found

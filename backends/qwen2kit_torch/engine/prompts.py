@@ -20,6 +20,7 @@ from qwen2kit_torch.engine.joined import JoinedWeights
 from qwen2kit_torch.engine.kernels import prompt
 from qwen2kit_torch.engine.layers import Buffers, Layers
 from qwen2kit_torch.engine.pieces import Piece
+from qwen2kit_torch.engine.sending import send
 from qwen2kit_torch.engine.single_attention import SingleAttention
 from qwen2kit_torch.engine.storage import Storage
 from qwen2kit_torch.engine.tuning import PromptTile, keys_tile, prompt_tile
@@ -145,7 +146,7 @@ class PromptPass(Layers):
             own[list(order)] = ends
             found = ranges(own - counts, counts)
             wanted[: len(found)] = found
-        self._given.copy_(torch.from_numpy(packed))
+        send(packed, self._given)
 
     def run(self) -> None:
         """Launch the pass."""

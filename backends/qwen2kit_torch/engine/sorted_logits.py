@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qwen2kit.backend.slots import BROKEN, Cut, Edit
 from qwen2kit_torch.engine.logits import DeviceLogits, below, edited
 from qwen2kit_torch.engine.memory import bounded_by_memory
+from qwen2kit_torch.engine.sending import sent
 
 
 class SortedLogits(DeviceLogits):
@@ -36,7 +38,7 @@ class SortedLogits(DeviceLogits):
         return found
 
     def _drawn(self, rows: Sequence[int], edits: Sequence[Edit], cuts: Sequence[Cut]) -> Tensor:
-        index = torch.tensor(list(rows), device=self._logits.device)
+        index = sent(list(rows), self._logits.device, np.int64)
         scores_NV = edited(below(self._logits[index].float(), edits), edits)
         return _sorted_and_drawn(scores_NV, [edit.temperature for edit in edits], cuts)
 
@@ -48,7 +50,7 @@ def _sorted_and_drawn(
     device, vocab = scores_NV.device, scores_NV.shape[1]
 
     def column(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
+        return sent(values, device, np.float64)[:, None]
 
     scores_NV, ids_NV = scores_NV.sort(dim=-1, descending=True, stable=True)
     best = scores_NV[:, :1]  # NaN if there is one
@@ -56,7 +58,7 @@ def _sorted_and_drawn(
     sums_NV = steps.exp().cumsum(-1)
     kept = (scores_NV > -torch.inf).sum(-1, keepdim=True)
     if any(cut.top_k for cut in cuts):
-        top_k = torch.tensor([cut.top_k or vocab for cut in cuts], device=device)[:, None]
+        top_k = sent([cut.top_k or vocab for cut in cuts], device)[:, None]
         kth = scores_NV.gather(1, torch.minimum(top_k, kept).sub(1).clamp(min=0))
         kept = torch.minimum(kept, (scores_NV >= kth).sum(-1, keepdim=True))
     last = (kept - 1).clamp(min=0)
