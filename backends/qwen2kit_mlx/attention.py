@@ -201,7 +201,7 @@ class Block:
 
     def _place(self, window: int | None, first: int, starts: Sequence[int], count: int) -> Place:
         columns = [start - self._store.base(window, row) for row, start in enumerate(starts, first)]
-        place = Place.at(first, columns, count)
+        place = Place.at(first, columns, count, self._heads.kv)
         self._store.reserve(window, place.end)
         return place
 
@@ -214,7 +214,7 @@ class Block:
         place = self._places[window]
         if place.index is None:
             return view(place.start, place.count, window)
-        return View(0, ragged(place.index[1], self._ends[window], window))
+        return View(0, ragged(place.columns, self._ends[window], window))
 
 
 class Segments:

@@ -30,24 +30,33 @@ class Place:
         first: the first row.
         starts: column of the first token, one per row.
         count: tokens per row.
-        index: row and column numbers ``[B, 1]`` and ``[B, count]`` on the device where rows
-            start at different columns, else None.
+        index: ``[B, count, 2, K]`` numbers on the device along each of the first four axes of
+            what is stored, where rows start at different columns, else None. A slice among them
+            would become numbers on the device anew for every layer.
     """
 
     first: int
     starts: tuple[int, ...]
     count: int
-    index: tuple[mx.array, mx.array] | None
+    index: tuple[mx.array, ...] | None
 
     @classmethod
-    def at(cls, first: int, starts: Sequence[int], count: int) -> Place:
-        """The place; index arrays are made once and serve all layers."""
+    def at(cls, first: int, starts: Sequence[int], count: int, heads: int) -> Place:
+        """The place, in columns of ``heads`` kv heads; index arrays are made once and serve all
+        layers."""
         index = None
         if len(set(starts)) > 1:
-            rows = np.arange(first, first + len(starts), dtype=np.int32)[:, None]
-            columns = np.array(starts, dtype=np.int32)[:, None] + np.arange(count, dtype=np.int32)
-            index = mx.array(rows), mx.array(columns)
+            columns_BT = np.array(starts)[:, None] + np.arange(count)
+            numbers = np.ix_(range(len(starts)), range(count), range(2), range(heads))
+            axes = numbers[2], first + numbers[0], numbers[3], columns_BT[:, :, None, None]
+            index = tuple(mx.array(a.astype(np.int32)) for a in np.broadcast_arrays(*axes))
         return cls(first, tuple(starts), count, index)
+
+    @property
+    def columns(self) -> mx.array:
+        """Columns ``[B, count]`` of the tokens, where rows start at different ones."""
+        assert self.index is not None
+        return self.index[-1][:, :, 0, 0]
 
     @property
     def rows(self) -> slice:
@@ -195,8 +204,7 @@ def update(stored: mx.array, place: Place, new_BT2KC: mx.array) -> None:
     if place.index is None:
         stored[:, place.rows, :, place.start : place.end] = new_BT2KC.transpose(2, 0, 3, 1, 4)
     else:
-        rows, columns = place.index
-        stored[:, rows, :, columns] = new_BT2KC
+        stored[place.index] = new_BT2KC
 
 
 def duplicate(stored: mx.array, source: int, target: int, first: int, count: int) -> None:
