@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from qwen2kit.backend.entries import entries, entry
 from qwen2kit.backend.plan import ExecutionPlan
 from qwen2kit.backend.protocol import CompiledModel
-from qwen2kit.backend.registry import available, get
+from qwen2kit.backend.registry import GROUP as BACKENDS
+from qwen2kit.backend.registry import get
 from qwen2kit.backend.values import TokenIds
 from qwen2kit.engine.generate import generate
-from qwen2kit.errors import BackendError, ConfigError, Qwen2KitError
+from qwen2kit.errors import ConfigError, Qwen2KitError
 from qwen2kit.generate.sampling import Sampling
 from qwen2kit.weights.checkpoint import Checkpoint
 
@@ -106,38 +107,25 @@ def choose(
         BackendError: a name is not registered.
         ConfigError: a backend or peer that was asked for by name twice.
     """
-    registered = {entry.name: entry for entry in entry_points(group=GROUP)}
-    names = sorted(registered) if peers is None else list(peers)
+    names = sorted(entries(GROUP)) if peers is None else list(peers)
     if len({*backends, *names}) != len(backends) + len(names):
         raise ConfigError("an implementation is named twice; give each one once")
-    unknown = [name for name in names if name not in registered]
-    if unknown:
-        raise BackendError(
-            f"unknown peer {unknown[0]!r}; registered: {', '.join(sorted(registered)) or 'none'}"
-        )
-    loaders: list[PeerLoader] = [BackendPeer(name) for name in _known(backends)]
+    found = {name: entry(GROUP, "peer", name) for name in names}
+    for name in backends:
+        entry(BACKENDS, "backend", name)
+    loaders: list[PeerLoader] = [BackendPeer(name) for name in backends]
     refused: dict[str, str] = {}
-    for name in names:
+    for name, peer in found.items():
         if checkpoint.adapter is not None:
             refused[name] = "reads whole models; merge the adapter first: qwen2kit convert"
             continue
         try:
-            loaders.append(registered[name].load()())
+            loaders.append(peer.load()())
         except ImportError as error:
             refused[name] = f"cannot be imported: {error}"
     reasons = {loader.name: loader.refuses(checkpoint, dtype) for loader in loaders}
     refused |= {name: reason for name, reason in reasons.items() if reason}
     return Choice(tuple(loader for loader in loaders if not reasons[loader.name]), refused)
-
-
-def _known(backends: Sequence[str]) -> Sequence[str]:
-    names = {info.name for info in available()}
-    for name in backends:
-        if name not in names:
-            raise BackendError(
-                f"unknown backend {name!r}; registered: {', '.join(sorted(names)) or 'none'}"
-            )
-    return backends
 
 
 class _Compiled:

@@ -83,7 +83,7 @@ def test_loss_on_a_text_of_ones_own_and_on_none(model: Path, tmp_path: Path) -> 
 def test_a_loss_that_cannot_be_measured_is_a_note_unless_asked_for(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(registry, "_entries", dict)
+    monkeypatch.setattr(registry, "entries", lambda group: {})
     source = open_checkpoint(model)
     convert(source, tmp_path / "out", to="mlx", quantize_bits=4, group_size=32)
     silent = Quality.asked(source, None, False, True)
