@@ -9,7 +9,8 @@ each kind is not counted: both compile kernels in it, and its time is reported a
 Loading goes up to the first token. Both read the same directory in MLX's layout. Batches are
 prompts of unequal length through our engine and mlx-lm's BatchGenerator; their rate counts tokens
 after every prompt has its first. Memory is MLX's own peak. Token ids are compared: equal in fp32,
-where 16-bit formats part at the first near tie of random weights.
+where 16-bit formats part at the first near tie of random weights. In fp32 both run with
+MLX_ENABLE_TF32=0, as ours does anyway: MLX's CUDA build would round products to TF32.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -38,6 +40,7 @@ from qwen2kit.spec.schema import schema
 from qwen2kit.weights.checkpoint import open_checkpoint
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "4bit": "bfloat16"}
+ENVIRONMENT = {"fp32": {"MLX_ENABLE_TF32": "0"}}  # MLX reads it at its first product
 GROUP, BITS, SHARD = 64, 4, 4 << 30
 Step = list[tuple[int, int]]  # (which prompt, token)
 
@@ -133,6 +136,7 @@ KINDS: dict[str, type] = {"ours": Ours, "mlx-lm": MlxLm}
 
 def serve(name: str, folder: Path, form: str, pipe: Connection) -> None:
     """One implementation's process: loads and runs when told to."""
+    os.environ.update(ENVIRONMENT.get(form, {}))
     model: Any = None
     while True:
         task = pipe.recv()
@@ -229,6 +233,7 @@ def measure(folder: Path, form: str, options: argparse.Namespace) -> Iterator[di
     sides = [Side(name, folder, form, options.limit) for name in KINDS]
     loads = take_turns(sides, "load", options.loads, "load")
     result: dict[str, Any] = {
+        "environment": ENVIRONMENT.get(form, {}),
         "load_s": {name: [run["load_s"] for run in runs[1:]] for name, runs in loads.items()},
         "weights_bytes": {side.name: side.weights for side in sides},
         "batches": {},

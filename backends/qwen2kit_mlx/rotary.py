@@ -130,7 +130,9 @@ class Rotary:
         return turn, drift
 
     def _by_table(self, turn: mx.array, drift: mx.array) -> Rotation:
-        turns, drifts = (turn[0], turn[1]), (drift[0], drift[1])
+        turns, drifts = (
+            [half.squeeze(0) for half in mx.split(table, 2)] for table in (turn, drift)
+        )
 
         def rotate(x: mx.array, anchor: Halves | None = None) -> mx.array:
             added = () if anchor is None else (*anchor, *drifts)
