@@ -58,7 +58,9 @@ class FreeSlots:
             self._logits[rows] = FreeLogits(rows)
         return self._logits[rows]
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         while True:
             yield [5] * len(feeds)
 

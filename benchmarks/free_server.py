@@ -67,10 +67,13 @@ class FreeSlots:
         ready = time.perf_counter() + self.model.step
         return FreeLogits(self.model, self._next(sum(feed.wanted for feed in feeds)), ready)
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         rows, step = len(feeds), self.model.step
         ready = time.perf_counter()
-        for _ in range(self.capacity - max(feed.start for feed in feeds)):
+        room = self.capacity - max(feed.start for feed in feeds)
+        for _ in range(room if most is None else min(room, most)):
             ready = max(ready, time.perf_counter() - AHEAD * step) + step
             _sleep_until(ready)
             yield self.model.best[self._next(rows)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import count as numbers
 
 import numpy as np
 
@@ -49,8 +50,10 @@ class ScriptedSlots:
                 rows.append(self._next(feed.slot))
         return HostLogits(np.concatenate(rows))
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
-        while True:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
+        for _ in numbers() if most is None else range(most):
             found = self.feed(feeds).greedy(limit)
             yield found
             feeds = [

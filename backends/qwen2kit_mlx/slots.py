@@ -72,7 +72,9 @@ class MLXSlots:
                 mx.eval(self._store.arrays())
             return DeviceLogits(self._decoder, hidden_ND, self._device)
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         """See `Slots.run_greedy`; one step runs ahead where the device computes on its own."""
         if self._store.forgets:
             self._recall(feeds)
@@ -83,6 +85,7 @@ class MLXSlots:
         starts = [feeds[i].start for i in order]
         back = np.argsort(order)
         steps = self.capacity - max(starts)
+        steps = steps if most is None else min(steps, most)
         ahead = 1 if self._decoder.kernels.lazy else 0
         running: list[mx.array] = []
         for step in range(steps + ahead):

@@ -205,13 +205,16 @@ class Slots(Protocol):
         """
         ...
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         """Feed one token per slot, then go on with the most likely id below ``limit`` of each.
 
         Yields the ids of each step, one per feed, as the device finishes; it may run ahead of
         the reader. A row that is `BROKEN` goes on with any id: what it yields from then on means
-        nothing. Ends when a slot is full; may be closed at any time. Afterwards a slot holds
-        the fed token and those yielded before the last one; what lies beyond is undefined.
+        nothing. Ends when a slot is full, or after ``most`` steps, behind which nothing is
+        computed; may be closed at any time. Afterwards a slot holds the fed token and those
+        yielded before the last one; what lies beyond is undefined.
         """
         ...
 
@@ -233,7 +236,9 @@ class Slots(Protocol):
 class DrawingSlots(Slots, Protocol):
     """Slots of a device that draws tokens by itself."""
 
-    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+    def run_drawn(
+        self, feeds: Sequence[Feed], courses: Sequence[Course], most: int | None = None
+    ) -> Iterator[list[int]]:
         """As `run_greedy`, with tokens drawn by ``courses``, one for each feed."""
         ...
 

@@ -187,13 +187,10 @@ class DraftModel:
         more = max(count for _, count in asked) - 1
         if more and all(_end(feed) < self._slots.capacity for feed in feeds):
             feeds = [_next(feed, max(token, 0)) for feed, token in zip(feeds, first, strict=True)]
-            steps = self._slots.run_greedy(feeds, limit)
-            for _, ids in zip(range(more), steps, strict=False):
+            steps = self._slots.run_greedy(feeds, limit, more)
+            for ids in steps:
                 for tokens, token in zip(drawn, ids, strict=True):
                     tokens.append(token)
-            close = getattr(steps, "close", None)
-            if close is not None:
-                close()
         return drawn
 
     def _sampled(self, asked: Many[tuple[Unfinished, int]]) -> list[list[int]]:

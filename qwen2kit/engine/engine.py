@@ -31,6 +31,7 @@ from qwen2kit.weights.tensor import HostTensor
 
 _MOST_PASSED_OVER = 8
 _CALM = 8
+_BURST = 4
 
 
 class Engine:
@@ -137,17 +138,19 @@ class Engine:
         A request whose logits are NaN or infinite ends with ``error``, alone. An exception that
         leaves this makes the engine unfit for anything but `close`.
         """
-        if self._waiting and self._table.free:
-            self._stop_running_ahead()
+        if self._ahead is None or not self._ahead.ends:
             self._admit()
         if not self._running:
             return []
         self.stats.steps += 1
-        if not self.speculates and self._ahead is None:
-            sequences = list(self._running.values())
-            if self._may_run_ahead and can_run_ahead(self._slots, sequences):
-                self._ahead = RunAhead(self._slots, sequences)
-        events = self._follow_ahead()
+        events = None
+        if self._ahead is not None:
+            events = self._follow_ahead()
+            if events is None:
+                self._admit()
+        if events is None:
+            self._run_ahead()
+            events = self._follow_ahead()
         return self._advance() if events is None else events
 
     def export(self, tokens: Tokens[int]) -> tuple[int, Iterator[tuple[str, HostTensor]]]:
@@ -231,6 +234,9 @@ class Engine:
     def _admit(self) -> None:
         """Give slots to those that wait, in order; one that another one's prefix will soon serve
         is passed over until then."""
+        if not (self._waiting and self._table.free):
+            return
+        self._stop_running_ahead()
         passed_over = 0
         for sequence in list(islice(self._waiting, self._table.free)):
             place = self._table.find(sequence.tokens)
@@ -274,11 +280,14 @@ class Engine:
             self._stop_running_ahead()
         return events
 
-    @property
-    def _may_run_ahead(self) -> bool:
-        """Not while slots are wanted and become free every few steps: what a device has done
-        ahead is lost then."""
-        return not self._waiting or self.stats.steps - self._last_end > _CALM
+    def _run_ahead(self) -> None:
+        """Let the device go on by itself if it can: for some steps only while slots are wanted and
+        become free every few steps, since what it has done ahead of an admission is lost."""
+        sequences = list(self._running.values())
+        if self.speculates or not can_run_ahead(self._slots, sequences):
+            return
+        busy = self._waiting and self.stats.steps - self._last_end <= _CALM
+        self._ahead = RunAhead(self._slots, sequences, _BURST if busy else None)
 
     def _stop_running_ahead(self) -> None:
         if self._ahead is not None:

@@ -6,6 +6,7 @@ The reference that real slots are compared with, and what a new backend may star
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import count as numbers
 
 from qwen2kit.backend.protocol import CompiledModel
 from qwen2kit.backend.slots import Feed
@@ -52,9 +53,11 @@ class RecomputingSlots:
                 rows.append(np.asarray(self._model.logits(held), np.float32)[-feed.wanted :])
         return HostLogits(np.concatenate(rows))
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         """Step by step; nothing runs ahead."""
-        while True:
+        for _ in numbers() if most is None else range(most):
             found = self.feed(feeds).greedy(limit)
             yield found
             feeds = [

@@ -16,23 +16,31 @@ class RunAhead:
     Args:
         slots: where the sequences are.
         sequences: those for which `can_run_ahead` is true.
+        most: steps after which it ends; None to go on until it is closed or slots are full.
+
+    Attributes:
+        sequences: as given.
+        ends: whether ``most`` was given: closed before, it has computed for nothing.
     """
 
-    def __init__(self, slots: Slots, sequences: list[Sequence]) -> None:
-        self.sequences = sequences
+    def __init__(self, slots: Slots, sequences: list[Sequence], most: int | None = None) -> None:
+        self.sequences, self.ends = sequences, most is not None
         feeds = [Feed(item.slot, item.fed, (item.tokens[-1],)) for item in sequences]
         self._draws = not _all_greedy(sequences)
         self._ids: Iterator[list[int]]
         if self._draws:
             assert isinstance(slots, DrawingSlots)
-            self._ids = slots.run_drawn(feeds, [item.sampler.course() for item in sequences])
+            courses = [item.sampler.course() for item in sequences]
+            self._ids = slots.run_drawn(feeds, courses, most)
         else:
-            self._ids = slots.run_greedy(feeds, sequences[0].request.sampling.vocab_limit)
+            self._ids = slots.run_greedy(feeds, sequences[0].request.sampling.vocab_limit, most)
 
     @property
     def worthwhile(self) -> bool:
-        """Whether enough of the sequences still go on."""
+        """Whether enough of the sequences still go on; one, where it will soon end by itself."""
         ended = sum(item.ended is not None for item in self.sequences)
+        if self.ends:
+            return ended < len(self.sequences)
         return 8 * ended <= len(self.sequences) and ended < len(self.sequences)
 
     def step(self) -> list[tuple[Sequence, int]] | None:

@@ -253,7 +253,7 @@ class Sampler:
             frequency_penalty=sampling.frequency_penalty,
             heard=() if changes is None else changes.heard,
             said={} if changes is None else changes.said,
-            points=lambda first, count: [points[drawn + first + i] for i in range(count)],
+            points=lambda first, count: points.some(drawn + first, count),
         )
 
     def accept(self, token: int) -> None:
@@ -292,3 +292,9 @@ class _Points:
                 self._random = np.random.Generator(np.random.Philox(key=self._key))
             self._known.extend(self._random.random(64).tolist())
         return self._known[index]
+
+    def some(self, first: int, count: int) -> list[float]:
+        """Those from ``first`` on."""
+        if count:
+            self[first + count - 1]
+        return self._known[first : first + count]

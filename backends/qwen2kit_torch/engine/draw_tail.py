@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from qwen2kit.backend.slots import Course, Cut, Edit
@@ -51,17 +52,18 @@ class DrawTail:
         rest = [[1.0, 0.0, 0.0]] * (self._count - len(courses))
         send(np.array(penalties + rest), self._penalties)
         self._said.zero_()
-        told = self._told(courses)
-        if told.shape[1]:
-            places, values = sent(told, self._said.device)
-            self._said.view(-1)[places] = values.short()
+        for places, values in _told(courses, self._vocab):
+            where, what = sent(np.stack([places, values]), self._said.device)
+            self._said.view(-1)[where] = what.short()
 
-    def set_points(self, first: int) -> None:
-        """Points of the draws from the ``first``-th on, for as many steps as there is room."""
+    def set_points(self, first: int, most: int | None = None) -> None:
+        """Points of the draws from the ``first``-th on, for as many steps as there is room, or
+        the first ``most`` of them."""
         points = np.zeros((self._count, self._steps))
+        count = self._steps if most is None else min(self._steps, most)
         for row, course in enumerate(self._courses):
             if course.temperature > 0:
-                points[row] = course.points(first, self._steps)
+                points[row, :count] = course.points(first, count)
         send(points, self._draws.points)
 
     def run(self, logits: Tensor, rows: Tensor, history: Tensor) -> None:
@@ -74,14 +76,27 @@ class DrawTail:
             self._count, self._steps, self._vocab,
         )  # fmt: skip
 
-    def _told(self, courses: Sequence[Course]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-        """Places in ``said`` that are not 0, and what they hold, ``[2, n]``."""
-        places: list[int] = []
-        values: list[int] = []
-        for row, course in enumerate(courses):
-            heard = dict.fromkeys(course.heard, 1)
-            for token, times in course.said.items():
-                heard[token] = 1 + 2 * min(times, _MOST_TIMES)
-            places += [row * self._vocab + token for token in heard]
-            values += heard.values()
-        return np.array([places, values], dtype=np.int64)
+
+Told = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def _told(courses: Sequence[Course], vocab: int) -> list[Told]:
+    """Places in ``said`` ``[R * V]`` that are not 0, and what they hold: what was heard, and after
+    it what was said."""
+    heard: list[NDArray[np.int64]] = []
+    said: list[NDArray[np.int64]] = []
+    times: list[NDArray[np.int64]] = []
+    for row, course in enumerate(courses):
+        if course.heard:
+            heard.append(np.fromiter(course.heard, np.int64) + row * vocab)
+        if course.said:
+            said.append(np.fromiter(course.said.keys(), np.int64) + row * vocab)
+            times.append(np.fromiter(course.said.values(), np.int64))
+    found = []
+    if heard:
+        places = np.concatenate(heard)
+        found.append((places, np.ones_like(places)))
+    if said:
+        counts = np.minimum(np.concatenate(times), _MOST_TIMES)
+        found.append((np.concatenate(said), 1 + 2 * counts))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import count as numbers
 
 import torch
 from torch import Tensor
@@ -80,9 +81,11 @@ class EagerSlots:
         )
         return hidden_1TD[0, _wanted(pieces, self._device)]
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         """Feed one token per slot and go on with the most likely ids; see the protocol."""
-        while True:
+        for _ in numbers() if most is None else range(most):
             ids = self.feed(feeds).greedy(limit)
             yield ids
             if any(feed.start + 1 >= self.capacity for feed in feeds):

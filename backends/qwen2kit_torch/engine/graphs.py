@@ -121,17 +121,21 @@ class GraphSlots(EagerSlots):
             wanted += range(done - feed.wanted, done)
         return step.logits(wanted)
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         """Feed one token per slot and go on with the most likely ids; see the protocol."""
         if len(feeds) > _MOST_ROWS:
-            yield from super().run_greedy(feeds, limit)
+            yield from super().run_greedy(feeds, limit, most)
             return
         with torch.inference_mode(), torch.cuda.device(self._device):
             step = self._step(len(feeds))
             step.set_rows(feeds, limit)
-        yield from self._run(step, feeds)
+        yield from self._run(step, feeds, most)
 
-    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
+    def run_drawn(
+        self, feeds: Sequence[Feed], courses: Sequence[Course], most: int | None = None
+    ) -> Iterator[list[int]]:
         """Feed one token per slot and go on with drawn ids; see `DrawingSlots`."""
         if len(feeds) > _MOST_ROWS:
             return  # an end, as when slots are full: the caller goes on by itself
@@ -139,16 +143,19 @@ class GraphSlots(EagerSlots):
             step = self._step(len(feeds), draws=True)
             step.set_rows(feeds)
             step.tail.set(courses)
-        yield from self._run(step, feeds)
+        yield from self._run(step, feeds, most)
 
-    def _run(self, step: CapturedStep, feeds: Sequence[Feed]) -> Iterator[list[int]]:
+    def _run(
+        self, step: CapturedStep, feeds: Sequence[Feed], most: int | None
+    ) -> Iterator[list[int]]:
         """Let the device go on, some steps ahead of the reader."""
         room = self.capacity - max(feed.start for feed in feeds)
+        room = room if most is None else min(room, most)
         launched = 0
         for done in range(room):
             with torch.inference_mode(), torch.cuda.device(self._device):
                 while launched < min(room, done + _AHEAD):
-                    step.replay_and_report(launched)
+                    step.replay_and_report(launched, room)
                     launched += 1
             yield step.reported(done)[: len(feeds)]
 
@@ -248,12 +255,12 @@ class CapturedStep:
             return self._step.logits[: len(rows)].clone()
         return self._step.logits[sent(rows, self._step.logits.device)]
 
-    def replay_and_report(self, number: int) -> None:
-        """Queue step ``number``, and the copy of its ids on a stream of its own."""
+    def replay_and_report(self, number: int, last: int) -> None:
+        """Queue step ``number`` of ``last``, and the copy of its ids on a stream of its own."""
         place = number % HISTORY
         computed, copied = self._events[place]
         if place == 0 and self._step.tail is not None:
-            self._step.tail.set_points(number)
+            self._step.tail.set_points(number, last - number)
         self.graph.replay()
         computed.record()
         with torch.cuda.stream(self._copies):

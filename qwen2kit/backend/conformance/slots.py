@@ -146,6 +146,22 @@ def _run_to_the_end(backend: Backend) -> None:
         require(tuple(found[:least]) == expected, f"{found[:least]}, expected {expected}")
 
 
+def _run_some_steps(backend: Backend) -> None:
+    """A run of few steps ends by itself, and another one goes on from it."""
+    with _slots(backend) as slots:
+        slots.feed([Feed(1, 0, _MIDDLE[:-1], 0)])
+        said: list[int] = []
+        last = _MIDDLE[-1]
+        for steps in (1, 6, 2):
+            feed = Feed(1, len(_MIDDLE) - 1 + len(said), (last,))
+            found = [ids[0] for ids in slots.run_greedy([feed], None, steps)]
+            require(len(found) == steps, f"{len(found)} steps where {steps} were asked for")
+            said += found
+            last = said[-1]
+        expected = _greedy_of(_MIDDLE, 9)
+        require(tuple(said) == expected, f"{said} in short runs, expected {expected}")
+
+
 def _greedy(backend: Backend) -> None:
     with _slots(backend) as slots:
         logits = slots.feed([Feed(0, 0, _LONG, 40)])
@@ -315,6 +331,7 @@ CASES = (
     ),
     Case("slots/run-greedy", _run_greedy),
     Case("slots/run-greedy-to-the-end", _run_to_the_end),
+    Case("slots/run-greedy-some-steps", _run_some_steps),
     Case("slots/greedy", _greedy),
     Case("slots/shortlist", _shortlist),
     Case("slots/ties", _ties),

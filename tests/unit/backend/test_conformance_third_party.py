@@ -129,9 +129,11 @@ class LazySlots(RecomputingSlots):
 class ForgetfulSlots(RecomputingSlots):
     """Loses the last token of a run."""
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
         try:
-            yield from super().run_greedy(feeds, limit)
+            yield from super().run_greedy(feeds, limit, most)
         finally:
             for feed in feeds:
                 self._held[feed.slot][-1] = 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,6 +73,7 @@ class WatchedSlots(RecomputingSlots):
         self.fed: list[list[Feed]] = []
         self.copies: list[tuple[int, int, int]] = []
         self.runs = self.run_steps = self.run_rows = 0
+        self.bounds: list[int | None] = []
         self.running = False
         self.closed = False
 
@@ -82,11 +84,17 @@ class WatchedSlots(RecomputingSlots):
         wanted = range(sum(feed.wanted for feed in feeds))
         return QuickLogits(found.rows(wanted)) if len(self.fed) % 2 else found
 
-    def run_greedy(self, feeds: Sequence[Feed], limit: int | None) -> Iterator[list[int]]:
-        return self._watched(feeds, super().run_greedy(feeds, limit))
+    def run_greedy(
+        self, feeds: Sequence[Feed], limit: int | None, most: int | None = None
+    ) -> Iterator[list[int]]:
+        self.bounds.append(most)
+        return self._watched(feeds, super().run_greedy(feeds, limit, most))
 
-    def run_drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
-        return self._watched(feeds, self._drawn(feeds, courses))
+    def run_drawn(
+        self, feeds: Sequence[Feed], courses: Sequence[Course], most: int | None = None
+    ) -> Iterator[list[int]]:
+        self.bounds.append(most)
+        return self._watched(feeds, islice(self._drawn(feeds, courses), most))
 
     def _drawn(self, feeds: Sequence[Feed], courses: Sequence[Course]) -> Iterator[list[int]]:
         said = [dict(course.said) for course in courses]

@@ -341,14 +341,21 @@ def test_a_sampled_request_joins_the_run_and_one_that_reports_ends_it() -> None:
     assert engine.step() == []
 
 
-def test_nothing_runs_ahead_while_slots_are_wanted_and_become_free() -> None:
-    """Requests end every few steps, others wait: what had run ahead would be lost."""
-    for lengths, ahead in (([3, 4, 5, 6] * 4, False), ([30, 30, 3, 3], True)):
+def test_runs_end_by_themselves_while_slots_are_wanted_and_become_free() -> None:
+    """Requests end every few steps, others wait: what had run ahead of them would be lost."""
+    for lengths, calm in (([3, 4, 5, 6, 9] * 4, False), ([30, 30, 30, 30], True)):
         model = HashModel()
         engine = engine_of(model, slots=2)
         requests = [Request((i,), Sampling(max_new_tokens=n)) for i, n in enumerate(lengths)]
         found = run(engine, *requests)
-        assert (model.given[0].run_steps > sum(lengths) / 4) == ahead
+        slots = model.given[0]
+        assert slots.run_steps > sum(lengths) / 4
+        if calm:
+            assert slots.bounds == [None, None]
+        else:
+            assert slots.bounds[0] is None
+            assert slots.bounds.count(4) > 8
+            assert set(slots.bounds[1:-4]) == {4}
         for key, request in enumerate(requests):
             assert found[key] == [drawn.token for drawn, _ in alone(model, request, 99)]
 
