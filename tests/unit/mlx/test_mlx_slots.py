@@ -93,6 +93,7 @@ def test_copies_are_independent() -> None:
         )
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_steps_change_nothing() -> None:
     """Every number of rows compiles anew; results are those of the uncompiled model."""
     spec = small_spec(num_hidden_layers=2)
