@@ -31,7 +31,7 @@ from qwen2kit.weights.tensor import HostTensor
 
 _MOST_PASSED_OVER = 8
 _CALM = 8
-_BURST = 4
+_BURST = 8
 
 
 class Engine:

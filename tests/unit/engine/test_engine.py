@@ -354,8 +354,8 @@ def test_runs_end_by_themselves_while_slots_are_wanted_and_become_free() -> None
             assert slots.bounds == [None, None]
         else:
             assert slots.bounds[0] is None
-            assert slots.bounds.count(4) > 8
-            assert set(slots.bounds[1:-4]) == {4}
+            assert slots.bounds.count(8) > 8
+            assert set(slots.bounds[1:-4]) == {8}
         for key, request in enumerate(requests):
             assert found[key] == [drawn.token for drawn, _ in alone(model, request, 99)]
 
