@@ -81,19 +81,27 @@ def processes_of_rank(rank: int, home: Path) -> list[int]:
 
 
 def interrupted(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int, str]:
-    """Start a run, ``kill(pid)`` once both processes have answers; its code and error output.
+    """Begin a run or go on with it, ``kill(pid)`` once both processes have more answers; its code
+    and error output. Nothing that was answered before is lost or answered again.
 
     Again from the start where it was over before this process got to look.
     """
     for _ in range(9):
+        before = keys(home, run)
         code, errors = begun_and_killed(home, run, kill)
-        if len(keys(home, run)) < 4 * QUESTIONS:
+        if not (home / run / "results.json").exists():
+            now = keys(home, run)
+            assert len(set(now)) == len(now) < 4 * QUESTIONS
+            assert set(now) > set(before)
+            assert "Traceback" not in errors
             return code, errors
         shutil.rmtree(home / run)
     raise AssertionError("it was always over before")
 
 
 def begun_and_killed(home: Path, run: str, kill: Callable[[int], None]) -> tuple[int, str]:
+    logs = [home / run / name for name in LOGS]
+    before = [size_of(log) for log in logs]
     child = subprocess.Popen(
         [sys.executable, "-m", "qwen2kit", *arguments(home, run), "--nproc", "2"],
         cwd=home,
@@ -104,8 +112,7 @@ def begun_and_killed(home: Path, run: str, kill: Callable[[int], None]) -> tuple
         start_new_session=True,
     )
     while child.poll() is None:
-        logs = [home / run / name for name in LOGS]
-        if all(log.exists() and log.stat().st_size > 500 for log in logs):
+        if all(size_of(log) > size + 500 for log, size in zip(logs, before, strict=True)):
             break
         time.sleep(0.002)
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):  # over meanwhile
@@ -114,38 +121,54 @@ def begun_and_killed(home: Path, run: str, kill: Callable[[int], None]) -> tuple
     return child.returncode, errors
 
 
-def test_a_killed_team_goes_on(home: Path, undisturbed: dict[str, Any]) -> None:
+def size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def test_a_team_goes_on_however_it_was_killed(home: Path, undisturbed: dict[str, Any]) -> None:
+    """All of it, the command, what it started, one of those that answer: in turn, of one run."""
+
     def kill_everything(pid: int) -> None:
         workers = processes_of_rank(0, home) + processes_of_rank(1, home)
         for victim in (*workers, pid):
             os.kill(victim, signal.SIGKILL)
 
-    code, _ = interrupted(home, "all", kill_everything)
-    assert code == -signal.SIGKILL
-    check(home, "all", undisturbed)
-
-
-def test_a_killed_command_takes_its_team_along(home: Path, undisturbed: dict[str, Any]) -> None:
-    code, errors = interrupted(home, "command", lambda pid: os.kill(pid, signal.SIGKILL))
-    assert code == -signal.SIGKILL
-    assert "Traceback" not in errors
-    ended(home)
-    check(home, "command", undisturbed)
-
-
-def test_a_killed_launcher_takes_its_team_along(home: Path, undisturbed: dict[str, Any]) -> None:
     def kill_launcher(pid: int) -> None:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         assert len(children) <= 1
         for launcher in children:
             os.kill(int(launcher), signal.SIGKILL)
 
-    code, errors = interrupted(home, "launcher", kill_launcher)
+    def kill_one(pid: int) -> None:
+        for worker in processes_of_rank(1, home):
+            os.kill(worker, signal.SIGKILL)
+
+    code, _ = interrupted(home, "run", kill_everything)
+    assert code == -signal.SIGKILL
+    ended(home)
+
+    code, _ = interrupted(home, "run", lambda pid: os.kill(pid, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    ended(home)
+
+    code, errors = interrupted(home, "run", kill_launcher)
     assert code > 0
     assert errors.splitlines()[-1].startswith("error: a process was killed")
-    assert "Traceback" not in errors
     ended(home)
-    check(home, "launcher", undisturbed)
+
+    code, errors = interrupted(home, "run", kill_one)
+    assert code > 0
+    lines = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, errors
+    assert not processes_of_rank(0, home)
+
+    before = len(keys(home, "run"))
+    finished = document(home, "run", "--nproc", "2")
+    after = keys(home, "run")
+    assert len(after) == len(set(after)) == 4 * QUESTIONS
+    asked = finished["provenance"]["evaluation"]["requests"]
+    assert asked == {"answered": 4 * QUESTIONS - before, "from_log": before}
+    assert finished["results"] == undisturbed["results"]
 
 
 def ended(home: Path) -> None:
@@ -154,35 +177,6 @@ def ended(home: Path) -> None:
     while processes_of_rank(0, home) or processes_of_rank(1, home):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-
-
-def test_a_lost_process_ends_the_others_in_one_line(
-    home: Path, undisturbed: dict[str, Any]
-) -> None:
-    def kill_one(pid: int) -> None:
-        for worker in processes_of_rank(1, home):
-            os.kill(worker, signal.SIGKILL)
-
-    code, errors = interrupted(home, "one", kill_one)
-    assert code > 0
-    lines = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1, errors
-    assert "Traceback" not in errors
-    assert not processes_of_rank(0, home)
-    check(home, "one", undisturbed)
-
-
-def check(home: Path, run: str, undisturbed: dict[str, Any]) -> None:
-    """Continue ``run`` on two processes: every question answered once, the same results."""
-    before = len(keys(home, run))
-    assert 0 < before < 4 * QUESTIONS
-    assert not (home / run / "results.json").exists()
-    finished = document(home, run, "--nproc", "2")
-    after = keys(home, run)
-    assert len(after) == len(set(after)) == 4 * QUESTIONS
-    asked = finished["provenance"]["evaluation"]["requests"]
-    assert asked == {"answered": 4 * QUESTIONS - before, "from_log": before}
-    assert finished["results"] == undisturbed["results"]
 
 
 def document(home: Path, run: str, *options: str) -> dict[str, Any]:
