@@ -64,7 +64,8 @@ def select_tasks(
         datasets: directory in Hub layout; then nothing is fetched. None: the Hub.
         num_fewshot: shots in place of each task's own number.
         include_path: directory of further task YAML files.
-        defaults: whether lm-eval's own tasks are known (reading them takes seconds).
+        defaults: whether lm-eval's own tasks are known (reading them takes seconds, and is left
+            out where ours and those of ``include_path`` are all that is asked for).
         manager: an index from `task_manager` to use again.
 
     Raises:
@@ -75,7 +76,7 @@ def select_tasks(
     data = None if datasets is None else LocalData(datasets)
     if include_path is not None and not Path(include_path).is_dir():
         raise ConfigError(f"--include-path {include_path}: no such directory")
-    manager = manager or task_manager(include_path, defaults=defaults)
+    manager = manager or _index_for(names, include_path, defaults)
     notices: list[str] = []
     manager._factory = _FittingFactory(data, num_fewshot, notices.append)
     chosen = _expand(names, manager)
@@ -106,6 +107,27 @@ def task_manager(include_path: Path | str | None = None, *, defaults: bool = Tru
     """lm-eval's task index: its own tasks, ours, and those under ``include_path``."""
     paths = [str(OWN_TASKS)] + ([] if include_path is None else [str(include_path)])
     return TaskManager(include_path=paths, include_defaults=defaults)
+
+
+def _index_for(
+    names: Sequence[str], include_path: Path | str | None, defaults: bool
+) -> TaskManager:
+    near = task_manager(include_path, defaults=False)
+    if not defaults or all(_is_whole(name, near) for name in _split(names)):
+        return near
+    return task_manager(include_path)
+
+
+def _is_whole(name: str, manager: TaskManager) -> bool:
+    """Whether ``manager`` knows ``name`` and, of a group, all that it stands for."""
+    entry = manager.task_index.get(name)
+    if entry is None or entry.kind.name != "GROUP":
+        return entry is not None
+    members = (entry.cfg or {}).get("task") or []
+    return all(
+        isinstance(member, str) and _is_whole(member, manager)
+        for member in ([members] if isinstance(members, str) else members)
+    )
 
 
 def leaf_configs(
@@ -202,9 +224,7 @@ def _short(error: Exception) -> str:
 
 def _expand(names: Sequence[str], manager: TaskManager) -> tuple[str, ...]:
     chosen: list[str] = []
-    for name in (part.strip() for given in names for part in given.split(",")):
-        if not name:
-            continue
+    for name in _split(names):
         found = manager.match_tasks([name])
         if not found:
             close = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -214,6 +234,11 @@ def _expand(names: Sequence[str], manager: TaskManager) -> tuple[str, ...]:
     if not chosen:
         raise ConfigError("no task given; use --tasks, e.g. --tasks mmlu,gsm8k")
     return tuple(dict.fromkeys(chosen))
+
+
+def _split(names: Sequence[str]) -> list[str]:
+    parts = (part.strip() for given in names for part in given.split(","))
+    return [part for part in parts if part]
 
 
 def _check_leaves(names: Sequence[str], manager: TaskManager, data: LocalData | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from qwen2kit.errors import BackendError, ConfigError, DataError, MissingExtra, Qwen2KitError
+from qwen2kit_evals import tasks
 from qwen2kit_evals.listing import available_tasks
 from qwen2kit_evals.local_data import LocalData
 from qwen2kit_evals.tasks import TaskSelection, select_tasks, task_manager
@@ -74,6 +76,31 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def select(home: Path, *names: str, **options: Any) -> TaskSelection:
     options = {"datasets": home / "hub", "include_path": home / "tasks"} | options
     return select_tasks(names, defaults=False, **options)
+
+
+def test_lm_evals_own_tasks_are_read_only_where_one_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bool] = []
+    manager = tasks.TaskManager
+
+    def watched(include_path: list[str], include_defaults: bool) -> Any:
+        read.append(include_defaults)
+        return manager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", watched)
+
+    def reads(*names: str) -> bool:
+        read.clear()
+        with contextlib.suppress(Qwen2KitError):
+            select_tasks(names, datasets=home / "hub", include_path=home / "tasks")
+        return any(read)
+
+    assert not reads("whole,shots", "both")
+    assert not reads("broken")
+    assert not reads(" ")
+    for further in ("gsm8k", "who*", "pair", "nested", "whole,mmlu"):
+        assert reads(further), further
 
 
 def built(selection: TaskSelection) -> dict[str, Any]:
