@@ -131,8 +131,10 @@ def main() -> None:
             ]
             capacity = options.prompt[1] + options.new[1]
             with Engine(model, slots=options.slots, capacity=capacity) as engine:
+                before = time.perf_counter()
                 engine.prepare()
-                found = run(engine, requests)
+                prepared = time.perf_counter() - before
+                found = run(engine, requests) | {"prepare_s": round(prepared, 2)}
             report["models"].setdefault(name, {})[kind] = found
             print(f"{name}, {kind}: {json.dumps(found)}", flush=True)
             if options.output:

@@ -16,7 +16,7 @@ from prometheus_client import disable_created_metrics
 
 from qwen2kit.engine.text import TextEngine
 from qwen2kit.errors import BackendError, ConfigError
-from qwen2kit.serve import collecting
+from qwen2kit.serve import collecting, taking_turns
 from qwen2kit.serve.app import make_app
 from qwen2kit.serve.constraints import Constraints
 from qwen2kit.serve.dispatcher import Dispatcher
@@ -89,7 +89,7 @@ def serve(serving: Serving, bound: socket.socket, ready: Callable[[], None]) -> 
         BackendError: the engine broke.
         ConfigError: another process listens there by now.
     """
-    with collecting.seldom():
+    with collecting.seldom(), taking_turns.quickly():
         failure = asyncio.run(_serve(serving, bound, ready))
     if failure is not None:
         kind = type(failure).__name__

@@ -11,7 +11,8 @@ from qwen2kit.backend.slots import Feed
 from qwen2kit.spec.model import ModelSpec
 from qwen2kit_torch.engine.captures import Captures, run_aside
 from qwen2kit_torch.engine.joined import JoinedWeights
-from qwen2kit_torch.engine.layers import Buffers
+from qwen2kit_torch.engine.layers import Buffers, packed
+from qwen2kit_torch.engine.packed_products import EXPANDED
 from qwen2kit_torch.engine.pieces import TOKENS_PER_PASS
 from qwen2kit_torch.engine.prompts import PassSize, PromptPass, Workspace
 from qwen2kit_torch.engine.storage import Storage
@@ -42,6 +43,8 @@ class CapturedPasses:
         self._captures = captures
         self._singles = min(_MOST_SINGLES, power_of_two(max(_LEAST_SINGLES, storage.count)))
         self._most = _most_rows(Buffers.row_bytes(spec, weights), self._singles)
+        if packed(weights):  # a graph would keep the memory into which matrices are expanded
+            self._most = min(self._most, EXPANDED)
         self._workspace: Workspace | None = None
         self._passes: dict[int, CapturedPass] = {}
 

@@ -90,7 +90,7 @@ class Layers:
         self._mixed, self._wide, self._gated = (
             part[:count] for part in (given.mixed, given.wide, given.gated)
         )
-        self._scratch = scratch_for(_packed(weights), count, dtype.itemsize)
+        self._scratch = scratch_for(packed(weights), count, dtype.itemsize)
 
     def run_layers(self, attend: Attend) -> None:
         """All layers; the last one's addition to the residual stream is left to `final_norm`."""
@@ -151,7 +151,7 @@ class Layers:
         )
 
 
-def _packed(weights: JoinedWeights) -> list[Quantized]:
+def packed(weights: JoinedWeights) -> list[Quantized]:
     """The matrices that are held in codes."""
     return [
         matrix

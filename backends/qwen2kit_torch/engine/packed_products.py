@@ -15,7 +15,7 @@ from qwen2kit_torch.quantized import Quantized
 
 # Rows of one launch, and more than which are worth expanding the matrix for the vendor's product.
 MOST_ROWS = 64
-_EXPANDED = 192
+EXPANDED = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def scratch_for(
 ) -> Scratch | None:
     """Enough for every launch of products of ``matrices`` with ``rows`` rows of numbers of
     ``itemsize`` bytes; None where none is needed."""
-    if not matrices or rows > _EXPANDED:
+    if not matrices or rows > EXPANDED:
         return None
     launches = {some.stop - some.start for some in portions(rows)}
     tiles = [
@@ -71,7 +71,7 @@ def product(
 ) -> None:
     """``out = x @ matrix.T + bias`` for rows ``x`` ``[R, D]``."""
     if isinstance(matrix, Quantized):
-        if len(x) <= _EXPANDED:
+        if len(x) <= EXPANDED:
             for some in portions(len(x)):
                 packed_rows(x[some], matrix, out[some], bias, scratch)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from qwen2kit.backend.protocol import TokenEvent
 from qwen2kit.engine.text import TextEvent
 from qwen2kit.generate.sampling import Sampling
-from qwen2kit.serve import collecting
+from qwen2kit.serve import collecting, taking_turns
 from qwen2kit.serve.errors import ApiError, engine_failed
 from qwen2kit.serve.histogram import CheapHistogram
 from qwen2kit.serve.sse import TextEvents, sse
@@ -101,3 +102,10 @@ def test_the_collector_is_as_before_afterwards() -> None:
         assert gc.get_freeze_count() > before[1]
         assert gc.get_threshold()[0] > before[0][0]
     assert (gc.get_threshold(), gc.get_freeze_count()) == before
+
+
+def test_threads_give_way_quickly_while_a_server_runs_and_no_longer() -> None:
+    before = sys.getswitchinterval()
+    with taking_turns.quickly():
+        assert sys.getswitchinterval() < 1e-3 < before
+    assert sys.getswitchinterval() == before
