@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.conftest import small_spec
 from tests.unit.torch.peers import TOKENS, ours
 from tests.unit.torch.stepped import Stepped
-from tests.unit.torch.test_torch_quantized import SPEC
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
@@ -52,7 +52,9 @@ def test_numbers_of_16_bits_are_read_in_pairs(bits: int, group: int) -> None:
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64)])
 def test_a_step_of_one_row_reads_packed_weights(bits: int, group: int) -> None:
-    model = ours(SPEC, weight_bits=bits, weight_group_size=group)
+    # The interpreter takes 20 ms for every row of a matrix.
+    spec = small_spec(hidden_size=128, intermediate_size=128, num_hidden_layers=1)
+    model = ours(spec, weight_bits=bits, weight_group_size=group)
     expected = model.logits(TOKENS)
     slots = Stepped(model, 1, 32, 1)
     for position in range(2):

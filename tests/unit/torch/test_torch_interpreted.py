@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize("name", ["draws", "quantized", "step"])
 def test_kernels_compute_what_the_network_does(name: str) -> None:
     options = ["-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    options += ["-p", "tests.unit.torch.patched_once"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, str(HERE / f"interpreted_{name}.py")],
         cwd=HERE.parents[2],
