@@ -119,10 +119,10 @@ def _index_for(
 
 
 def _is_whole(name: str, manager: TaskManager) -> bool:
-    """Whether ``manager`` knows ``name`` and, of a group, all that it stands for."""
+    """Whether ``manager`` knows ``name`` and all that it stands for; a tag may be others', too."""
     entry = manager.task_index.get(name)
     if entry is None or entry.kind.name != "GROUP":
-        return entry is not None
+        return entry is not None and entry.kind.name in ("TASK", "PY_TASK")
     members = (entry.cfg or {}).get("task") or []
     return all(
         isinstance(member, str) and _is_whole(member, manager)
