@@ -25,19 +25,20 @@ class Case:
     tied: bool = False
     packed: bool = False
     window: int | None = None
+    layers: int = 4
     plan: dict[str, Any] = field(default_factory=dict)
     steps: int = STEPS
 
 
 def spec_of(case: Case) -> ModelSpec:
-    """Four layers, four heads, an even vocabulary."""
+    """Four heads, an even vocabulary."""
     from qwen2kit.spec.model import SlidingWindowSpec
     from tests.conftest import small_spec
 
     window = SlidingWindowSpec(
         enabled=case.window is not None, sliding_window=case.window, max_window_layers=2
     )
-    return small_spec(tied=case.tied, vocab_size=200, num_hidden_layers=4, window=window)
+    return small_spec(tied=case.tied, vocab_size=200, num_hidden_layers=case.layers, window=window)
 
 
 def batch_of(case: Case, step: int) -> TokenBatch:

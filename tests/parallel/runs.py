@@ -15,8 +15,8 @@ from typing import Any
 
 from qwen2kit.config.load import load_recipe
 from qwen2kit.config.tree import RunConfig
+from tests.parallel.workers import LOADED
 
-_LOADED = ["torch.distributed", "qwen2kit_torch.train.model", "qwen2kit.train.run", __name__]
 PATIENCE = 600.0  # for what hangs, however busy the machine is
 
 TINY = (
@@ -43,7 +43,7 @@ class Team:
 
     def __init__(self, config: RunConfig, run_dir: Path, world: int = 1) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_LOADED)
+        context.set_forkserver_preload(LOADED)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -87,7 +87,7 @@ class Team:
                 return True
             if not self.alive():
                 return False
-            time.sleep(0.001)
+            time.sleep(0.003)
         raise AssertionError(f"no {steps} steps in time; {self.said()}")
 
     def said(self) -> str:

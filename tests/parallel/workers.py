@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 _PATIENCE = 600  # for what hangs, however busy the machine is
-_LOADED = ["torch.distributed.pipelining", "qwen2kit_torch.train.model", "tests.parallel.curves"]
+LOADED = [
+    "jinja2", "pydantic", "tokenizers", "torch.distributed.pipelining", "qwen2kit_torch.backend",
+    "qwen2kit_torch.train.model", "qwen2kit.train.run", "tests.conftest", "tests.parallel.curves",
+    "tests.parallel.runs",
+]  # fmt: skip
+"""Loaded by the server: there is one, and who starts it settles what."""
 
 
 def run_on(
@@ -24,7 +29,7 @@ def run_on(
     Returns what each returned, by rank; raises the first failure with its traceback.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_LOADED)
+    context.set_forkserver_preload(LOADED)
     store = folder / f"store-{os.getpid()}-{len(list(folder.iterdir()))}"
     pipes, children = [], []
     for rank in range(world):
