@@ -256,14 +256,17 @@ def test_the_fingerprint_is_that_of_the_tokenizer_not_of_its_file(
     from qwen2kit.tokenizer.bpe import Tokenizer
     from qwen2kit.weights.checkpoint import open_checkpoint
 
-    tokenizer = open_checkpoint(real_gguf).tokenizer()
-    tokenizer.save(tmp_path)
+    real = open_checkpoint(real_gguf).tokenizer()
+    for tokenizer in (real, TOKENIZER):
+        tokenizer.save(tmp_path)
+        assert Tokenizer.from_dir(tmp_path).fingerprint == tokenizer.fingerprint
     document = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    assert Tokenizer.from_dir(tmp_path).fingerprint == tokenizer.fingerprint
-    found = {tokenizer.fingerprint}
+    found = {TOKENIZER.fingerprint}
     changes = [
         lambda d: d["model"]["merges"].reverse(),
-        lambda d: d["added_tokens"][-1].update(content="<other>"),
+        lambda d: d["added_tokens"].append(
+            d["added_tokens"][-1] | {"id": d["added_tokens"][-1]["id"] + 1, "content": "<other>"}
+        ),
         lambda d: d.update(normalizer={"type": "NFKC"}),
         lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "a"}),
     ]

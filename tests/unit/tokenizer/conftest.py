@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qwen2kit.tokenizer.bpe import Tokenizer
 from qwen2kit.tokenizer.train_bbpe import train_bbpe
+from qwen2kit.weights.checkpoint import open_checkpoint
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. It's 12345 tokens, isn't it? DON'T SHOUT.",
@@ -25,13 +25,6 @@ def small() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def gguf_fields(real_gguf: Path) -> dict[str, Any]:
-    """The real model's GGUF metadata as plain values."""
-    gguf = pytest.importorskip("gguf")
-    return {key: field.contents() for key, field in gguf.GGUFReader(real_gguf).fields.items()}
-
-
-@pytest.fixture(scope="session")
-def real(gguf_fields: dict[str, Any]) -> Tokenizer:
+def real(real_gguf: Path) -> Tokenizer:
     """The real model's tokenizer, read from GGUF."""
-    return Tokenizer.from_gguf(gguf_fields)
+    return open_checkpoint(real_gguf).tokenizer()
