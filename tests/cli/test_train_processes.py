@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,43 +22,49 @@ from tests.run_cli import OFFLINE
 pytest.importorskip("torch")
 
 ENV = {**os.environ, **OFFLINE}
+STEPS = 120
 
 
-def command(run_dir: Path, *options: str) -> list[str]:
-    return [
-        sys.executable, "-m", "qwen2kit", "train", "tiny", *TINY, "--run-dir", str(run_dir),
-        *options,
-    ]  # fmt: skip
-
-
-def begin(run_dir: Path, *options: str) -> subprocess.Popen[str]:
-    """Start it and wait until it has done ten steps."""
+def begin(run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start it, or go on with it, and wait until it has done ten steps more."""
+    before = len(losses(run_dir))
     process = subprocess.Popen(
-        command(run_dir, *options), stderr=subprocess.PIPE, text=True, env=ENV
-    )
-    while len(losses(run_dir)) < 10 and process.poll() is None:
+        [sys.executable, "-m", "qwen2kit", "train", *arguments],
+        stderr=subprocess.PIPE, text=True, env=ENV,
+    )  # fmt: skip
+    while len(losses(run_dir)) < before + 10 and process.poll() is None:
         time.sleep(0.02)
     return process
 
 
-def halted(folder: Path, *options: str) -> tuple[Path, subprocess.Popen[str], list[int]]:
-    """A run of 60 steps on two processes, these stopped in its midst; its directory, it and they.
+def fresh(run_dir: Path, *options: str) -> list[str]:
+    return ["tiny", *TINY, "--run-dir", str(run_dir), *options]
 
-    Begun again where it was over before this process got to look.
+
+def halted(run_dir: Path, *arguments: str) -> tuple[subprocess.Popen[str], list[int]]:
+    """A run of two processes that goes on for ten steps, these then stopped; it and they.
+
+    Again from where it was if it was over before this process got to look.
     """
-    for attempt in range(9):
-        run_dir = folder / f"run{attempt}"
-        process = begin(run_dir, "train.steps=60", "--nproc", "2", *options)
+    before = run_dir.with_name("before")
+    shutil.rmtree(before, ignore_errors=True)
+    if run_dir.exists():
+        shutil.copytree(run_dir, before)
+    for _ in range(9):
+        process = begin(run_dir, *arguments, "--nproc", "2")
         found = workers(run_dir)
         with contextlib.suppress(ProcessLookupError):
             for worker in found:
                 os.kill(worker, signal.SIGSTOP)
-            if len(found) == 2 and len(losses(run_dir)) < 50:
-                return run_dir, process, found
+            if len(found) == 2 and len(losses(run_dir)) < STEPS:
+                return process, found
         for worker in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker, signal.SIGCONT)
         process.communicate(timeout=600)
+        shutil.rmtree(run_dir)
+        if before.exists():
+            shutil.copytree(before, run_dir)
     raise AssertionError("it was always over before")
 
 
@@ -80,33 +87,72 @@ def parent_of(process: int) -> int:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of an undisturbed run of 60 steps on two processes."""
+    """The losses of an undisturbed run on two processes."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    done = train("tiny", *TINY, "train.steps=60", "--run-dir", run_dir, "--nproc", "2", "--json")
+    done = train(*fresh(run_dir, f"train.steps={STEPS}", "--nproc", "2", "--json"))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert (result["status"], result["step"]) == ("finished", 60)
+    assert (result["status"], result["step"]) == ("finished", STEPS)
     assert (run_dir / "model" / "model.safetensors").is_file()
-    assert done.stderr.count("60 steps, ") == 1
+    assert done.stderr.count(f"{STEPS} steps, ") == 1
     return losses(run_dir)
 
 
-def test_a_lost_process_is_started_again(whole: dict[int, float], tmp_path: Path) -> None:
-    run_dir, process, (survivor, victim) = halted(
-        tmp_path, "checkpoint.every=4", "--max-restarts", "1"
+def test_a_run_goes_on_whichever_of_its_processes_is_lost(
+    whole: dict[int, float], tmp_path: Path
+) -> None:
+    """A signal to the command, then the command, what it started and one that trains killed: in
+    turn, of one run."""
+    run_dir = tmp_path / "run"
+    arguments = fresh(run_dir, f"train.steps={STEPS}", "checkpoint.every=0", "--auto-resume")
+
+    process, team = halted(run_dir, *arguments)
+    process.send_signal(signal.SIGUSR1)
+    resumed(team)
+    _, stderr = process.communicate(timeout=600)
+    assert process.returncode == 128 + signal.SIGUSR1, stderr
+    assert stderr.count("stopped by SIGUSR1 after step") == 1
+    assert workers(run_dir) == []
+    assert checkpoints(run_dir) == [len(losses(run_dir))]
+
+    for victim in ("command", "launcher"):
+        before = checkpoints(run_dir)
+        process, team = halted(run_dir, *arguments)
+        launcher = parent_of(team[0])
+        assert parent_of(launcher) == process.pid
+        os.kill(process.pid if victim == "command" else launcher, signal.SIGKILL)
+        resumed(team)
+        process.communicate(timeout=600)
+        deadline = time.monotonic() + 600
+        while workers(run_dir):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        (saved,) = set(checkpoints(run_dir)) - set(before)
+        assert saved == len(losses(run_dir))
+
+    process, (survivor, lost) = halted(
+        run_dir, "checkpoint.every=4", "--resume", str(run_dir), "--max-restarts", "1"
     )
-    os.kill(victim, signal.SIGKILL)
-    os.kill(survivor, signal.SIGCONT)
+    os.kill(lost, signal.SIGKILL)
+    resumed([survivor])
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 0, stderr
-    assert "resuming after step" in stderr
+    assert stderr.count("resuming after step") == 2
+    assert stderr.count(f"resuming after step {saved}") == 1
     assert "Traceback" not in stderr
-    same(losses(run_dir), whole, range(1, 61))
+    same(losses(run_dir), whole, range(1, STEPS + 1))
+
+
+def resumed(team: list[int]) -> None:
+    for worker in team:
+        os.kill(worker, signal.SIGCONT)
 
 
 def test_a_lost_process_without_restarts_is_one_line(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    process = begin(run_dir, "train.steps=100000", "checkpoint.every=4", "--nproc", "2")
+    process = begin(
+        run_dir, *fresh(run_dir, "train.steps=100000", "checkpoint.every=4", "--nproc", "2")
+    )
     os.kill(workers(run_dir)[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=600)
     assert process.returncode == 6, stderr
@@ -114,38 +160,6 @@ def test_a_lost_process_without_restarts_is_one_line(tmp_path: Path) -> None:
     assert len(errors) == 1
     assert "a process was killed" in errors[0]
     assert "Traceback" not in stderr
-
-
-def test_a_signal_to_the_command_saves_and_stops(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    process = begin(run_dir, "train.steps=100000", "checkpoint.every=0", "--nproc", "2")
-    process.send_signal(signal.SIGUSR1)
-    _, stderr = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGUSR1, stderr
-    assert stderr.count("stopped by SIGUSR1 after step") == 1
-    assert len(checkpoints(run_dir)) == 1
-    assert workers(run_dir) == []
-
-
-@pytest.mark.parametrize("victim", ["command", "launcher"])
-def test_workers_save_when_what_started_them_is_killed(
-    whole: dict[int, float], tmp_path: Path, victim: str
-) -> None:
-    run_dir, process, team = halted(tmp_path, "checkpoint.every=0")
-    launcher = parent_of(team[0])
-    assert parent_of(launcher) == process.pid
-    os.kill(process.pid if victim == "command" else launcher, signal.SIGKILL)
-    for worker in team:
-        os.kill(worker, signal.SIGCONT)
-    process.communicate(timeout=600)
-    deadline = time.monotonic() + 600
-    while workers(run_dir):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    assert len(checkpoints(run_dir)) == 1
-    done = train("--resume", run_dir, "--nproc", "2")
-    assert done.returncode == 0, done.stderr
-    same(losses(run_dir), whole, range(1, 61))
 
 
 def test_an_error_on_all_is_said_once(tmp_path: Path) -> None:
@@ -164,7 +178,9 @@ def test_an_error_on_all_is_said_once(tmp_path: Path) -> None:
 def test_auto_resume_starts_continues_and_leaves_alone(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     args = ("tiny", *TINY, "train.steps=6", "--run-dir", run_dir, "--auto-resume", "--json")
-    process = begin(run_dir, "train.steps=100000", "checkpoint.every=2", "--auto-resume")
+    process = begin(
+        run_dir, *fresh(run_dir, "train.steps=100000", "checkpoint.every=2", "--auto-resume")
+    )
     process.kill()
     process.communicate()
     assert "differs from that of" in refusal(*args[:-1])
