@@ -194,3 +194,41 @@ def test_prompts_in_pieces_and_single_tokens_are_what_the_network_makes_of_them(
     # Less than before in the same buffers.
     found = run(step, [Feed(0, 19, tuple(other[19:40])), Feed(2, 1, (9,))], order=[1, 0], singles=1)
     close(found, np.stack([model.logits(other[:40])[-1], model.logits([7, 9])[-1]]))
+
+
+def test_captured_passes_take_what_fits_and_give_what_was_asked_for_in_its_order() -> None:
+    """Without a GPU: what is captured is called again in place of a graph."""
+    from types import SimpleNamespace
+
+    from qwen2kit_torch.engine.captured_passes import CapturedPasses
+    from qwen2kit_torch.engine.joined import join
+    from qwen2kit_torch.engine.storage import Storage
+
+    spec = KINDS["untied"]
+    model = ours(spec)
+    cpu = torch.device("cpu")
+    captured: list[Any] = []
+
+    def captures(work: Any) -> Any:
+        captured.append(work)
+        return SimpleNamespace(replay=work)
+
+    storage = Storage(spec, count=3, capacity=64, device=cpu, dtype=torch.float32)
+    rope = model.module.rope(64, cpu, torch.float32)
+    passes = CapturedPasses(spec, join(model.module), storage, rope, captures)  # type: ignore[arg-type]
+    first, second = tuple(TOKENS), tuple(TOKENS[::-1])
+    with torch.inference_mode():
+        found = passes.run([Feed(2, 0, first[:12]), Feed(0, 0, (7,))], [0], [1])
+        assert found is not None
+        assert not captured
+        expected = np.stack([model.logits(list(first[:12]))[-1], model.logits([7])[0]])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        feeds = [Feed(0, 1, (8,)), Feed(1, 0, second, 2), Feed(2, 12, first[12:14], 0)]
+        found = passes.run(feeds, [1], [0, 2])
+        assert found is not None
+        assert len(captured) == 1
+        expected = np.concatenate([model.logits([7, 8])[1:], model.logits(list(second))[-2:]])
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        assert passes.run([Feed(1, 0, (5,) * 40, 17)], [0], []) is None  # too many wanted
+        assert passes.run([Feed(1, 0, (5,) * 2305)], [0], []) is None
+    assert len(captured) == 1
