@@ -159,7 +159,7 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     assert restored.state["value"] == 9
 
 
-WIDE = 30
+WIDE = 18
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 
 
